@@ -1,0 +1,260 @@
+//! The verbs that ask a daemon.
+//! Must not know how the daemon does it, nor what a report looks like.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::control::{
+    AddVolume, ApiError, ClientError, ControlClient, ErrorKind, JobId, PrewarmStatus, RelocateRequest,
+    RelocationAnswer, VolumeStatus,
+};
+use crate::core::ids::Name;
+
+use super::args::{PrewarmArgs, RelocateArgs, StatusArgs, StoreVerb, Verb, VolumeVerb};
+use super::console::{CliError, Console, Pace};
+use super::fleet::{FleetItem, read_fleet};
+use super::follow::{self, Outcome};
+use super::{daemon, show};
+
+/// What `relocate --json` reports.
+#[derive(Serialize)]
+struct RelocateReport {
+    relocations: Vec<RelocationReport>,
+}
+
+#[derive(Serialize)]
+struct RelocationReport {
+    peer: Name,
+    volume: Name,
+    /// Why it was not begun, or how it failed.
+    error: Option<ApiError>,
+    /// How it ended; only with `--wait`.
+    status: Option<Box<VolumeStatus>>,
+}
+
+/// What `prewarm --json` reports.
+#[derive(Serialize)]
+struct PrewarmReport {
+    job: JobId,
+    #[serde(flatten)]
+    status: PrewarmStatus,
+}
+
+/// Asks the daemon what `verb` says.
+pub(super) async fn ask(verb: Verb, console: &mut Console<'_>) -> Result<(), CliError> {
+    match verb {
+        Verb::Volume(VolumeVerb::Add(args)) => {
+            let client = daemon::find(&args.daemon, console)?;
+            let add = AddVolume { name: args.name, image: absolute(&args.image)? };
+            let status = client.add_volume(&add).await?;
+            if args.json {
+                return console.say_json(&status);
+            }
+            console.say(format!("{}: {} is served by NBD", status.name, status.image.display()))
+        }
+        Verb::Volume(VolumeVerb::List(args)) => {
+            let all = daemon::find(&args.daemon, console)?.volumes().await?;
+            if args.json { console.say_json(&all) } else { console.say(show::volumes(&all).trim_end()) }
+        }
+        Verb::Volume(VolumeVerb::Show(args)) => {
+            let status = daemon::find(&args.daemon, console)?.volume(&args.name).await?;
+            if args.json { console.say_json(&status) } else { console.say(show::volume(&status).trim_end()) }
+        }
+        Verb::Volume(VolumeVerb::Remove(args)) => {
+            daemon::find(&args.daemon, console)?.remove_volume(&args.name).await?;
+            console.say(format!("{}: no longer served; its image stays", args.name))
+        }
+        Verb::Relocate(args) => relocate(args, console).await,
+        Verb::Status(args) => status(args, console).await,
+        Verb::Pause(args) => {
+            daemon::find(&args.daemon, console)?.pause(&args.name).await?;
+            console.say(format!("{}: bulk copy paused", args.name))
+        }
+        Verb::Resume(args) => {
+            daemon::find(&args.daemon, console)?.resume(&args.name).await?;
+            console.say(format!("{}: bulk copy goes on", args.name))
+        }
+        Verb::Limit(args) => {
+            daemon::find(&args.daemon, console)?.limit(&args.name, args.rate.as_bytes_per_s()).await?;
+            console.say(format!("{}: bulk limit is {}", args.name, args.rate))
+        }
+        Verb::Cancel(args) => {
+            daemon::find(&args.daemon, console)?.cancel(&args.name).await?;
+            console.say(format!("{}: relocation given up", args.name))
+        }
+        Verb::Prewarm(args) => prewarm(args, console).await,
+        Verb::Store(StoreVerb::Stats(args)) => {
+            let stats = daemon::find(&args.daemon, console)?.store_stats().await?;
+            if args.json { console.say_json(&stats) } else { console.say(show::store(&stats).trim_end()) }
+        }
+        Verb::Init(_) | Verb::Serve(_) | Verb::Analyze(_) => {
+            Err(CliError::Failed("this verb asks no daemon: report it as a bug".to_owned()))
+        }
+    }
+}
+
+async fn relocate(args: RelocateArgs, console: &mut Console<'_>) -> Result<(), CliError> {
+    let client = daemon::find(&args.daemon, console)?;
+    let answers = client.relocate(relocate_requests(&args)?).await?;
+    let all = answers.len();
+    let mut failures = Failures { of: all, count: 0, only: None };
+    let mut relocations: Vec<RelocationReport> = Vec::with_capacity(all);
+    for RelocationAnswer { peer, volume, error } in answers {
+        match &error {
+            Some(error) => failures.add(format!("{peer}/{volume}: {error}"), console),
+            None if args.wait || args.json => {}
+            None => console.say(format!("{volume}: served here, and on its way from {peer}"))?,
+        }
+        relocations.push(RelocationReport { peer, volume, error, status: None });
+    }
+    if args.wait {
+        let mut begun: Vec<_> = relocations.iter_mut().filter(|report| report.error.is_none()).collect();
+        let names: Vec<Name> = begun.iter().map(|report| report.volume.clone()).collect();
+        let outcomes = follow::relocations(&client, &names, console).await?;
+        for (report, outcome) in begun.iter_mut().zip(outcomes) {
+            match outcome {
+                Outcome::Arrived(status) => {
+                    if !args.json {
+                        console.say(show::arrived(&status))?;
+                    }
+                    report.status = Some(status);
+                }
+                Outcome::Failed(status, why) => {
+                    let next = format!("`blockferry status {}` and the daemon's log say more", report.volume);
+                    let error = ApiError::new(ErrorKind::Unavailable, why, next);
+                    failures.add(format!("{}/{}: {error}", report.peer, report.volume), console);
+                    report.error = Some(error);
+                    report.status = status;
+                }
+            }
+        }
+    }
+    if args.json {
+        console.say_json(&RelocateReport { relocations })?;
+    }
+    failures.result()
+}
+
+/// What failed of several relocations. A single one is the verb's own failure, in one line; of several, each has its
+/// line as soon as it is known.
+struct Failures {
+    of: usize,
+    count: usize,
+    only: Option<String>,
+}
+
+impl Failures {
+    fn add(&mut self, failure: String, console: &mut Console<'_>) {
+        self.count += 1;
+        if self.of == 1 {
+            self.only = Some(failure);
+        } else {
+            console.note(format!("blockferry: {failure}"));
+        }
+    }
+
+    fn result(self) -> Result<(), CliError> {
+        match (self.only, self.count) {
+            (Some(failure), _) => Err(CliError::Failed(failure)),
+            (None, 0) => Ok(()),
+            (None, count) => Err(CliError::Failed(format!("{count} of {} relocations failed: see above", self.of))),
+        }
+    }
+}
+
+fn relocate_requests(args: &RelocateArgs) -> Result<Vec<RelocateRequest>, CliError> {
+    let items = match &args.fleet {
+        Some(fleet) => read_fleet(fleet).map_err(|error| CliError::Usage(error.to_string()))?,
+        None => {
+            if args.image.is_some() && args.remotes.len() > 1 {
+                let usage = "--image names one file, and several volumes are relocated: list them in a --fleet file";
+                return Err(CliError::Usage(usage.to_owned()));
+            }
+            let item = |remote| FleetItem { remote, image: args.image.clone() };
+            args.remotes.iter().cloned().map(item).collect()
+        }
+    };
+    let mut requests: Vec<RelocateRequest> = Vec::new();
+    for FleetItem { remote, image } in items {
+        if requests.iter().any(|request| request.volume == remote.volume) {
+            return Err(CliError::Usage(format!("{} would be relocated twice: name it once", remote.volume)));
+        }
+        requests.push(RelocateRequest {
+            peer: remote.peer,
+            volume: remote.volume,
+            image: image.as_deref().map(absolute).transpose()?,
+            bulk: args.bulk,
+            bulk_rate_bytes_per_s: args.bulk_rate.and_then(|rate| rate.as_bytes_per_s()),
+        });
+    }
+    Ok(requests)
+}
+
+async fn status(args: StatusArgs, console: &mut Console<'_>) -> Result<(), CliError> {
+    let client = daemon::find(&args.daemon, console)?;
+    if args.watch {
+        let pace = Pace { poll: args.interval.0, ..console.pace };
+        let look = async || look(&client, args.name.as_ref(), args.json.then_some(Layout::Line)).await;
+        return follow::watch(look, pace, console).await;
+    }
+    let text = look(&client, args.name.as_ref(), args.json.then_some(Layout::Indented)).await?;
+    console.say(text.trim_end())
+}
+
+/// How JSON is laid out.
+#[derive(Clone, Copy)]
+enum Layout {
+    Line,
+    Indented,
+}
+
+/// The site, or one volume, as a text.
+async fn look(client: &ControlClient, name: Option<&Name>, json: Option<Layout>) -> Result<String, ClientError> {
+    match name {
+        Some(name) => {
+            let status = client.volume(name).await?;
+            Ok(json.map_or_else(|| show::volume(&status), |layout| as_json(&status, layout)))
+        }
+        None => {
+            let status = client.status().await?;
+            Ok(json.map_or_else(|| show::site(&status), |layout| as_json(&status, layout)))
+        }
+    }
+}
+
+/// A report came as JSON, so it can go as JSON.
+fn as_json(report: &impl Serialize, layout: Layout) -> String {
+    let text = match layout {
+        Layout::Line => serde_json::to_string(report),
+        Layout::Indented => serde_json::to_string_pretty(report),
+    };
+    text.unwrap_or_else(|error| serde_json::json!({ "error": error.to_string() }).to_string())
+}
+
+async fn prewarm(args: PrewarmArgs, console: &mut Console<'_>) -> Result<(), CliError> {
+    let client = daemon::find(&args.daemon, console)?;
+    let images = args.images.iter().map(|image| absolute(image)).collect::<Result<Vec<_>, _>>()?;
+    let job = client.prewarm(images).await?;
+    let status = follow::prewarm(&client, job, console).await?;
+    let error = status.error.clone();
+    if args.json {
+        console.say_json(&PrewarmReport { job, status })?;
+    } else {
+        console.say(show::prewarmed(&status))?;
+    }
+    match error {
+        Some(error) => Err(CliError::Failed(format!("prewarming ended early: {error}"))),
+        None => Ok(()),
+    }
+}
+
+/// The daemon has another working directory, and JSON has no paths that are not text.
+fn absolute(path: &Path) -> Result<PathBuf, CliError> {
+    let absolute = std::path::absolute(path)
+        .map_err(|error| CliError::Usage(format!("{:?} is no path: {error}", path.display().to_string())))?;
+    match absolute.to_str() {
+        Some(_) => Ok(absolute),
+        None => Err(CliError::Usage(format!("{} is not UTF-8: rename it, or use a link to it", path.display()))),
+    }
+}

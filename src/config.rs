@@ -1,0 +1,316 @@
+//! The configuration of a site: TOML, overridden key by key from the environment, parsed into types that cannot hold
+//! nonsense. Anything unknown, doubtful or contradictory is an error that names the file, the line and the key.
+//! Must not know what is done with the values, and opens no file but the configuration itself.
+//!
+//! `config/blockferry.toml` ([`EXAMPLE`]) shows every key with its default and its reason. Each key can be overridden
+//! by `BLOCKFERRY_SECTION_KEY` (`BLOCKFERRY_STORE_CAPACITY=2TiB`), a listed peer's keys by `BLOCKFERRY_PEERS_NAME_KEY`
+//! (`BLOCKFERRY_PEERS_SITE_B_ADDRESS`); a list is separated by commas. A `BLOCKFERRY_` variable that matches nothing is
+//! an error, because it would otherwise be a setting that silently does not apply.
+
+mod entries;
+mod error;
+mod keys;
+mod values;
+
+use std::io::Read;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::core::ids::{BlockSize, Name};
+use crate::transport::Fingerprint;
+use crate::units::{ByteSize, Patience, RateLimit, Span};
+
+use self::entries::{Entries, Section, Taken};
+pub use self::error::ConfigError;
+use self::error::Place;
+pub use self::keys::{CLI_VARIABLES, KEYS, Key};
+use self::values::{BlockSizeText, Parsed};
+pub use self::values::{
+    Compression, Grant, HostPort, LogLevel, MAX_SOCKET_PATH_BYTES, NbdListen, Share, ValueError, check_socket_path,
+};
+
+/// The commented example, which is also what `blockferry init` starts from.
+pub const EXAMPLE: &str = include_str!("../config/blockferry.toml");
+
+/// The name of the configuration inside a state directory.
+pub const FILE_NAME: &str = "blockferry.toml";
+
+/// The name of the control socket inside a state directory, unless configured otherwise.
+pub const CONTROL_SOCKET_NAME: &str = "control.sock";
+
+/// A configuration of more bytes than this is a mistake (a disk image, say).
+const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// Everything that a site is told. [`Config::load`] makes all paths absolute.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `[site]`
+    pub site: SiteConfig,
+    /// `[peer]`
+    pub peer: PeerEndpointConfig,
+    /// `[[peers]]`: names and fingerprints are unique.
+    pub peers: Vec<PeerConfig>,
+    /// `[nbd]`
+    pub nbd: NbdConfig,
+    /// `[store]`
+    pub store: StoreConfig,
+    /// `[bulk]`
+    pub bulk: BulkConfig,
+    /// `[demand]`
+    pub demand: DemandConfig,
+    /// `[control]`
+    pub control: ControlConfig,
+    /// `[log]`
+    pub log: LogConfig,
+}
+
+/// Who this site is.
+#[derive(Clone, Debug)]
+pub struct SiteConfig {
+    /// How this site is called.
+    pub name: Name,
+    /// The directory of identity, store and residency.
+    pub state_dir: PathBuf,
+}
+
+/// Where peers reach this site, and when a silent one counts as lost.
+#[derive(Clone, Debug)]
+pub struct PeerEndpointConfig {
+    /// The UDP address to bind.
+    pub listen: SocketAddr,
+    /// A link that was silent for this long is lost: from 1 s to 10 min.
+    pub idle_timeout: Duration,
+}
+
+/// Another site.
+#[derive(Clone, Debug)]
+pub struct PeerConfig {
+    /// How it is called here, as in `PEER/NAME`.
+    pub name: Name,
+    /// Where it is; `None` for one that only ever dials us.
+    pub address: Option<HostPort>,
+    /// Its certificate's fingerprint: who else comes in its name is refused.
+    pub fingerprint: Fingerprint,
+    /// Which of this site's volumes it may have.
+    pub volumes: Grant,
+}
+
+/// Where guests find their disks.
+#[derive(Clone, Debug)]
+pub struct NbdConfig {
+    /// All of them are listened on; empty: no NBD server.
+    pub listen: Vec<NbdListen>,
+}
+
+/// The content store.
+#[derive(Clone, Debug)]
+pub struct StoreConfig {
+    /// What it may occupy on disk, at least [`StoreConfig::MIN_CAPACITY`].
+    pub capacity: ByteSize,
+    /// The size of a block.
+    pub block_size: BlockSize,
+    /// How blocks are compressed.
+    pub compression: Compression,
+}
+
+impl StoreConfig {
+    /// 16 of the largest blocks: a store that holds less evicts blocks before they are of use.
+    pub const MIN_CAPACITY: ByteSize = ByteSize(16 << 20);
+}
+
+/// The background copy.
+#[derive(Clone, Debug)]
+pub struct BulkConfig {
+    /// All relocations together, unless one has its own limit.
+    pub rate: RateLimit,
+    /// What bulk keeps when demand could take everything.
+    pub min_share: Share,
+}
+
+/// What a guest's read of an absent block may cost.
+#[derive(Clone, Debug)]
+pub struct DemandConfig {
+    /// How long it waits for a lost link before the guest gets EIO.
+    pub timeout: Patience,
+}
+
+/// The control socket.
+#[derive(Clone, Debug)]
+pub struct ControlConfig {
+    /// Its path, short enough for the system.
+    pub socket: PathBuf,
+}
+
+/// The log on stderr.
+#[derive(Clone, Debug)]
+pub struct LogConfig {
+    /// How much of it.
+    pub level: LogLevel,
+}
+
+impl Config {
+    /// Reads the file at `path` and lets `environment` (all of it: what does not begin with `BLOCKFERRY_` is skipped)
+    /// override it.
+    pub fn load(path: &Path, environment: impl Iterator<Item = (String, String)>) -> Result<Config, ConfigError> {
+        let unreadable = |error: std::io::Error| {
+            let next = match error.kind() {
+                std::io::ErrorKind::NotFound => "`blockferry init` makes one, --config names another",
+                _ => "make it readable, or name another by --config",
+            };
+            ConfigError::new(Place::File(path.to_owned()), format!("cannot read the configuration: {error}"), next)
+        };
+        // The daemon may change its working directory; what it was told must keep its meaning.
+        let path = &std::path::absolute(path).map_err(unreadable)?;
+        let mut text = String::new();
+        let file = std::fs::File::open(path).map_err(unreadable)?;
+        file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(unreadable)?;
+        if text.len() as u64 > MAX_FILE_BYTES {
+            let what = format!("this is no configuration: it has more than {MAX_FILE_BYTES} bytes");
+            return Err(ConfigError::new(Place::File(path.to_owned()), what, "name another by --config"));
+        }
+        Config::parse(path, &text, environment)
+    }
+
+    /// As [`Config::load`], from a text; `path` is what messages name and what relative paths are relative to.
+    pub fn parse(
+        path: &Path,
+        text: &str,
+        environment: impl Iterator<Item = (String, String)>,
+    ) -> Result<Config, ConfigError> {
+        let mut entries = Entries::parse(path, text, environment)?;
+        let base = Base(path.parent().unwrap_or(Path::new("")));
+
+        let mut section = entries.section("site");
+        let site = SiteConfig {
+            name: section.required("name", "every site has a name: name = \"site-a\" below [site]")?.value,
+            state_dir: base.path(section.required("state_dir", "say where the site keeps its state")?)?.value,
+        };
+        let mut section = entries.section("peer");
+        let peer = PeerEndpointConfig {
+            listen: section.or("listen", Parsed(SocketAddr::from(([0, 0, 0, 0], 7440))))?.value.0,
+            idle_timeout: idle_timeout(section.or("idle_timeout", Span(Duration::from_secs(15)))?)?,
+        };
+        let peers = peers(entries.peers(), &site.name)?;
+        let nbd = NbdConfig { listen: nbd_listen(entries.section("nbd"), &base, &site)? };
+        let mut section = entries.section("store");
+        let store = StoreConfig {
+            capacity: capacity(section.or("capacity", ByteSize(64 << 30))?)?,
+            block_size: section.or("block_size", BlockSizeText(BlockSize::DEFAULT))?.value.0,
+            compression: section.or("compression", Compression::Auto)?.value,
+        };
+        let mut section = entries.section("bulk");
+        let bulk = BulkConfig {
+            rate: section.or("rate", RateLimit::Unlimited)?.value,
+            min_share: section.or("min_share", Share::TENTH)?.value,
+        };
+        let demand = DemandConfig {
+            timeout: entries.section("demand").or("timeout", Patience::For(Duration::from_secs(3600)))?.value,
+        };
+        let mut section = entries.section("control");
+        let socket = match section.optional("socket")? {
+            Some(socket) => base.path(socket)?,
+            None => section.default("socket", site.state_dir.join(CONTROL_SOCKET_NAME)),
+        };
+        check_socket_path(&socket.value).map_err(|error| socket.error(error.to_string(), ""))?;
+        let control = ControlConfig { socket: socket.value };
+        let log = LogConfig { level: entries.section("log").or("level", LogLevel::Info)?.value };
+        Ok(Config { site, peer, peers, nbd, store, bulk, demand, control, log })
+    }
+
+    /// The peer called `name`.
+    pub fn peer(&self, name: &Name) -> Option<&PeerConfig> {
+        self.peers.iter().find(|peer| peer.name == *name)
+    }
+}
+
+/// What relative paths are relative to: the directory of the configuration.
+struct Base<'a>(&'a Path);
+
+impl Base<'_> {
+    fn path(&self, taken: Taken<PathBuf>) -> Result<Taken<PathBuf>, ConfigError> {
+        if taken.value.as_os_str().is_empty() {
+            return Err(taken.error("the path is empty", "name a path, or remove the line"));
+        }
+        Ok(taken.map(|path| self.join(&path)))
+    }
+
+    fn listen(&self, listen: NbdListen) -> NbdListen {
+        match listen {
+            NbdListen::Unix(path) => NbdListen::Unix(self.join(&path)),
+            NbdListen::Tcp(address) => NbdListen::Tcp(address),
+        }
+    }
+
+    /// `components` drops the dot of "." and "./x", so that messages stay readable.
+    fn join(&self, path: &Path) -> PathBuf {
+        self.0.join(path).components().collect()
+    }
+}
+
+fn idle_timeout(taken: Taken<Span>) -> Result<Duration, ConfigError> {
+    let Span(timeout) = taken.value;
+    if (Duration::from_secs(1)..=Duration::from_secs(600)).contains(&timeout) {
+        return Ok(timeout);
+    }
+    Err(taken.error(format!("{} is not from 1s to 10min", taken.value), "15s suits most links"))
+}
+
+fn capacity(taken: Taken<ByteSize>) -> Result<ByteSize, ConfigError> {
+    if taken.value >= StoreConfig::MIN_CAPACITY {
+        return Ok(taken.value);
+    }
+    let what = format!("{} is less than the {} that a store needs", taken.value, StoreConfig::MIN_CAPACITY);
+    Err(taken.error(what, "take more: the store is what saves the transfer"))
+}
+
+fn nbd_listen(mut section: Section, base: &Base<'_>, site: &SiteConfig) -> Result<Vec<NbdListen>, ConfigError> {
+    let taken = match section.optional::<Vec<Parsed<NbdListen>>>("listen")? {
+        Some(taken) => taken.map(|all| all.into_iter().map(|Parsed(listen)| base.listen(listen)).collect()),
+        None => section.default("listen", vec![NbdListen::Unix(site.state_dir.join("nbd.sock"))]),
+    };
+    for (at, listen) in taken.value.iter().enumerate() {
+        if let NbdListen::Unix(path) = listen {
+            check_socket_path(path).map_err(|error| taken.error(error.to_string(), ""))?;
+        }
+        if taken.value[..at].contains(listen) {
+            return Err(taken.error(format!("{listen} is listed twice"), "remove one"));
+        }
+    }
+    Ok(taken.value)
+}
+
+fn peers(sections: Vec<Section>, site: &Name) -> Result<Vec<PeerConfig>, ConfigError> {
+    let mut peers: Vec<PeerConfig> = Vec::new();
+    for mut section in sections {
+        let name: Taken<Name> = section.required("name", "every peer has a name, as in PEER/VOLUME")?;
+        if name.value == *site {
+            return Err(name.error(format!("{site} is this site's own name"), "give the peer another"));
+        }
+        if peers.iter().any(|peer| peer.name == name.value) {
+            return Err(name.error(format!("{} is listed twice", name.value), "remove one, or rename it"));
+        }
+        let next = "`blockferry init` prints it at the peer: fingerprint = \"sha256:...\"";
+        let fingerprint = section.required::<Fingerprint>("fingerprint", next)?;
+        if let Some(other) = peers.iter().find(|peer| peer.fingerprint == fingerprint.value) {
+            let what = format!("{} and {} have the same fingerprint", other.name, name.value);
+            return Err(fingerprint.error(what, "every site has its own: ask the peer with `blockferry init`"));
+        }
+        let address = section.optional::<Parsed<HostPort>>("address")?;
+        if let Some(address) = &address
+            && address.value.0.port() == 0
+        {
+            return Err(address.error("port 0 cannot be dialled", "name the port that the peer listens on"));
+        }
+        peers.push(PeerConfig {
+            name: name.value,
+            address: address.map(|address| address.value.0),
+            fingerprint: fingerprint.value,
+            volumes: section.or("volumes", Grant::Only(Default::default()))?.value,
+        });
+    }
+    Ok(peers)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,257 @@
+//! Tests of [`super`] and of the client, over a real unix socket with a site that exists only in memory.
+
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::oneshot;
+
+use super::*;
+use crate::control::fake::{FakeDaemon, FakeSite, name};
+use crate::control::{ClientError, ControlClient, Phase, RelocateRequest, Role};
+
+fn relocation(peer: &str, volume: &str) -> RelocateRequest {
+    RelocateRequest {
+        peer: name(peer),
+        volume: name(volume),
+        image: None,
+        bulk: true,
+        bulk_rate_bytes_per_s: Some(1000),
+    }
+}
+
+/// One request as curl would send it: status and body.
+async fn raw(socket: &Path, method: &str, route: &str, body: &str) -> (u16, Value) {
+    let mut stream = UnixStream::connect(socket).await.expect("connects");
+    let length = body.len();
+    let head = format!(
+        "{method} {route} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+         content-type: application/x-www-form-urlencoded\r\ncontent-length: {length}\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).await.expect("sent");
+    // A server that refuses the head may close before it has read the body.
+    let _ = stream.write_all(body.as_bytes()).await;
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer).await;
+    let answer = String::from_utf8(answer).expect("text");
+    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status line");
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    (status, if body.is_empty() { Value::Null } else { serde_json::from_str(body).expect("JSON") })
+}
+
+fn refusal(result: Result<impl std::fmt::Debug, ClientError>) -> ApiError {
+    match result {
+        Err(ClientError::Refused(error)) => error,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn the_client_gets_what_the_site_says() {
+    let daemon = FakeDaemon::start();
+    let client = daemon.client();
+
+    let status = client.status().await.expect("status");
+    assert_eq!((status.site.as_str(), status.volumes.len(), status.peers.len()), ("site-a", 2, 2));
+    assert_eq!(client.volumes().await.expect("volumes").len(), 2);
+    let web = client.volume(&name("web-01")).await.expect("web-01");
+    assert_eq!((web.role, web.phase, web.hashed_blocks), (Role::Source, Phase::Owned, Some(8192)));
+
+    let add = AddVolume { name: name("x"), image: "/srv/x.raw".into() };
+    assert_eq!(client.add_volume(&add).await.expect("added").image, Path::new("/srv/x.raw"));
+    client.remove_volume(&name("x")).await.expect("removed");
+    client.pause(&name("db-01")).await.expect("paused");
+    client.resume(&name("db-01")).await.expect("resumed");
+    client.limit(&name("db-01"), Some(5)).await.expect("limited");
+    client.limit(&name("db-01"), None).await.expect("unlimited");
+    client.cancel(&name("db-01")).await.expect("cancelled");
+    assert_eq!(
+        daemon.calls(),
+        [
+            "add x /srv/x.raw",
+            "remove x",
+            "pause db-01",
+            "resume db-01",
+            "limit Some(5) db-01",
+            "limit None db-01",
+            "cancel db-01"
+        ]
+    );
+
+    let job = client.prewarm(vec!["/srv/t.raw".into()]).await.expect("begun");
+    assert!(!client.prewarm_status(job).await.expect("known").done);
+    assert!(client.prewarm_status(job).await.expect("known").done);
+    client.store_stats().await.expect("stats");
+}
+
+#[tokio::test]
+async fn relocations_are_answered_one_by_one() {
+    let daemon = FakeDaemon::start();
+    let asked = vec![relocation("site-b", "new-1"), relocation("nobody", "new-2"), relocation("site-b", "db-01")];
+    let answers = daemon.client().relocate(asked).await.expect("answered");
+    let kinds: Vec<_> = answers.iter().map(|answer| answer.error.as_ref().map(|error| error.kind)).collect();
+    assert_eq!(kinds, [None, Some(ErrorKind::NotFound), Some(ErrorKind::Conflict)]);
+    assert_eq!(answers[1].peer.as_str(), "nobody");
+
+    let body = r#"{"relocations":[{"peer":"site-b","volume":"new-3"}]}"#;
+    let (status, _) = raw(&daemon.socket(), "POST", "/v1/relocations", body).await;
+    assert_eq!(status, 202);
+    let (status, answer) = raw(&daemon.socket(), "POST", "/v1/relocations", body).await;
+    assert_eq!((status, &answer["relocations"][0]["error"]["kind"]), (207, &Value::from("conflict")));
+    let last = daemon.calls().last().cloned().unwrap_or_default();
+    assert!(last.contains("bulk: true") && last.contains("image: None"), "{last}");
+}
+
+#[tokio::test]
+async fn refusals_keep_their_kind_and_advice() {
+    let daemon = FakeDaemon::start();
+    let client = daemon.client();
+    let error = refusal(client.volume(&name("none")).await);
+    assert_eq!((error.kind, error.message.as_str()), (ErrorKind::NotFound, "there is no volume none"));
+    assert_eq!(error.to_string(), "there is no volume none; `blockferry status` lists them");
+    assert_eq!(refusal(client.cancel(&name("precious")).await).kind, ErrorKind::Refused);
+    let add = AddVolume { name: name("web-01"), image: "/x".into() };
+    assert_eq!(refusal(client.add_volume(&add).await).kind, ErrorKind::Conflict);
+    assert_eq!(refusal(client.limit(&name("db-01"), Some(0)).await).kind, ErrorKind::Invalid);
+    assert_eq!(refusal(client.prewarm_status(JobId(9)).await).kind, ErrorKind::NotFound);
+    assert_eq!(refusal(client.relocate(vec![]).await).kind, ErrorKind::Invalid);
+}
+
+/// Request, status, kind, and words that the message must have.
+#[tokio::test]
+async fn bad_requests_are_explained_in_json() {
+    let daemon = FakeDaemon::start();
+    for (method, route, body, status, kind, words) in [
+        ("GET", "/v1/nothing", "", 404, "not_found", "there is no GET /v1/nothing"),
+        ("GET", "/", "", 404, "not_found", "there is no GET /"),
+        ("PUT", "/v1/status", "", 405, "invalid", "does not take PUT"),
+        ("GET", "/v1/volumes/none", "", 404, "not_found", "no volume none"),
+        ("GET", "/v1/volumes/..%2fx", "", 400, "invalid", "not a usable name"),
+        ("GET", "/v1/volumes/%ff", "", 400, "", ""),
+        ("POST", "/v1/volumes", "", 400, "invalid", "the body is not as expected"),
+        ("POST", "/v1/volumes", "{\"name\":\"a\"}", 400, "invalid", "missing field `image`"),
+        ("POST", "/v1/volumes", "{\"name\":\"a b\",\"image\":\"/x\"}", 400, "invalid", "not a usable name"),
+        ("POST", "/v1/volumes", "{\"name\":\"a\",\"image\":\"x\"}", 400, "invalid", "not absolute"),
+        ("POST", "/v1/volumes", "{\"name\":\"a\",\"image\":\"/x\",\"z\":1}", 400, "invalid", "unknown field `z`"),
+        ("POST", "/v1/relocations", "{\"relocations\":[]}", 400, "invalid", "nothing in relocations"),
+        (
+            "POST",
+            "/v1/relocations",
+            "{\"relocations\":[{\"peer\":\"a\",\"volume\":\"b\",\"image\":\"c\"}]}",
+            400,
+            "invalid",
+            "not absolute",
+        ),
+        ("POST", "/v1/prewarms", "{\"images\":[]}", 400, "invalid", "nothing in images"),
+        ("GET", "/v1/prewarms/x", "", 400, "invalid", "is no job"),
+        ("POST", "/v1/volumes/db-01/limit", "{\"bytes_per_s\":-1}", 400, "invalid", "not as expected"),
+    ] {
+        if kind.is_empty() {
+            // Bytes that are no text never reach a handler; axum answers in plain words.
+            let mut stream = UnixStream::connect(daemon.socket()).await.expect("connects");
+            let head = format!("{method} {route} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+            stream.write_all(head.as_bytes()).await.expect("sent");
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.expect("answered");
+            assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
+            continue;
+        }
+        let (got, answer) = raw(&daemon.socket(), method, route, body).await;
+        let error = &answer["error"];
+        assert_eq!((got, &error["kind"]), (status, &Value::from(kind)), "{method} {route} {body}: {answer}");
+        let message = error["message"].as_str().expect("a message");
+        assert!(message.contains(words), "{method} {route} {body}: {message}");
+        assert!(error["next"].is_string());
+    }
+    assert!(daemon.calls().is_empty(), "nothing of this may reach the site: {:?}", daemon.calls());
+}
+
+#[tokio::test]
+async fn large_bodies_are_refused() {
+    let daemon = FakeDaemon::start();
+    let body = format!("{{\"images\":[\"/{}\"]}}", "x".repeat(MAX_BODY_BYTES));
+    let (status, answer) = raw(&daemon.socket(), "POST", "/v1/prewarms", &body).await;
+    assert_eq!((status, &answer["error"]["kind"]), (400, &Value::from("invalid")), "{answer}");
+}
+
+#[tokio::test]
+async fn slow_requests_are_given_up() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("c.sock");
+    let (listener, _file) = ControlSocket::bind(&path).expect("bound").into_parts();
+    let app = router(FakeSite::with_volumes(), Duration::from_millis(20));
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    let error = refusal(ControlClient::new(&path).volume(&name("slow")).await);
+    assert_eq!(error.kind, ErrorKind::Unavailable);
+    assert!(error.message.contains("GET /v1/volumes/slow was not answered"), "{error}");
+}
+
+#[tokio::test]
+async fn shutting_down_answers_what_was_asked() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("c.sock");
+    let site = FakeSite::with_volumes();
+    let (open, gate) = oneshot::channel();
+    *site.gate.lock() = Some(gate);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let server = ControlServer::bind(&path).expect("bound");
+    assert_eq!(server.socket_path(), path);
+    let shutdown = async move {
+        let _ = stopped.await;
+    };
+    let serving = tokio::spawn(server.serve(site.clone(), shutdown));
+    let asking = tokio::spawn({
+        let client = ControlClient::new(&path);
+        async move { client.status().await }
+    });
+    // The request has arrived once the site has taken the gate.
+    while site.gate.lock().is_some() {
+        tokio::task::yield_now().await;
+    }
+    stop.send(()).expect("still serving");
+    open.send(()).expect("still asking");
+    assert_eq!(asking.await.expect("no panic").expect("answered").site.as_str(), "site-a");
+    serving.await.expect("no panic").expect("ended well");
+    assert!(!path.exists());
+    let error = ControlClient::new(&path).status().await.expect_err("nobody there").to_string();
+    assert!(error.contains(&path.display().to_string()) && error.contains("`blockferry serve`"), "{error}");
+    assert_eq!(error.lines().count(), 1);
+}
+
+#[tokio::test]
+async fn connections_are_bounded() {
+    let daemon = FakeDaemon::start();
+    let mut idle = Vec::new();
+    for _ in 0..MAX_CONNECTIONS {
+        let mut stream = UnixStream::connect(daemon.socket()).await.expect("connects");
+        // A keep-alive request proves that the connection was admitted.
+        stream.write_all(b"GET /v1/store HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+        let mut first = [0u8; 12];
+        stream.read_exact(&mut first).await.expect("answered");
+        assert_eq!(&first, b"HTTP/1.1 200");
+        idle.push(stream);
+    }
+    let client = daemon.client();
+    let mut waiting = Box::pin(client.store_stats());
+    let answered_while_full = tokio::time::timeout(Duration::from_millis(50), &mut waiting).await;
+    assert!(answered_while_full.is_err());
+    idle.pop();
+    waiting.await.expect("admitted once there is room");
+}
+
+#[tokio::test]
+async fn other_programs_are_not_mistaken_for_a_daemon() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("c.sock");
+    let listener = UnixListener::bind(&path).expect("bound");
+    tokio::spawn(async move {
+        for answer in ["HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", "SSH-2.0-x\r\n", ""] {
+            let (mut stream, _) = listener.accept().await.expect("accepted");
+            let mut head = [0u8; 1024];
+            let _ = stream.read(&mut head).await;
+            stream.write_all(answer.as_bytes()).await.expect("answered");
+        }
+    });
+    for words in ["answered something else", "ended the conversation", "ended the conversation"] {
+        let error = ControlClient::new(&path).status().await.expect_err("no status").to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}

@@ -1,0 +1,718 @@
+//! The one owner of the scheduler and of who waits for what. It decides nothing: it turns messages into the scheduler's
+//! inputs and the scheduler's actions into messages.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
+use tokio::time::Instant;
+
+use super::lanes::StoreLanes;
+use super::link::Arrived;
+use super::{Ask, Block, Budgeted, Command, Expected, FetchError, Origin, PeerKey, PeerView, Remote, Reply, VolumeKey};
+use crate::core::frame::Frame;
+use crate::core::ids::{BlockId, Class, Name};
+use crate::core::manifest::Page;
+use crate::core::scheduler::{Action, Failure, FlightId, Landed, Limits, Now, Scheduler, WaiterId, WantBlock};
+use crate::core::wire::{Control, MAX_WANTS_PER_FRAME, Refusal, Want};
+use crate::transport::Link;
+
+/// How often windows are set anew and rates are judged.
+const TICK: Duration = Duration::from_millis(250);
+/// A peer that refuses to open a volume (it was restarted without it, say) is asked again this often.
+const REOPEN: Duration = Duration::from_secs(5);
+/// Numbers of pages and roots on the wire, apart from those of blocks.
+const ASK_FLIGHTS: u64 = 1 << 63;
+/// A question that was never sent is kept under a number of its own; once sent, under its request's.
+const UNSENT: u64 = 1 << 62;
+
+struct Peer {
+    name: Name,
+    link: Option<Arc<dyn Link>>,
+    /// Control frames on their way into the link.
+    outgoing: Option<UnboundedSender<Bytes>>,
+    generation: u64,
+    last_error: Option<String>,
+    connects: u64,
+    /// Volumes whose Open has not been answered on this connection.
+    opening: usize,
+    is_announced: bool,
+    raw_bulk_bytes: u64,
+    raw_bulk_rate: f64,
+    outbox: Vec<Want>,
+}
+
+struct Volume {
+    peer: PeerKey,
+    name: Name,
+    expected: Option<Expected>,
+    handle: Option<u32>,
+    waiting: Option<Reply<Remote>>,
+    is_scheduled: bool,
+    reopen_at: Option<Now>,
+}
+
+struct Question {
+    key: VolumeKey,
+    what: Ask,
+    is_sent: bool,
+}
+
+struct Waiting {
+    reply: Reply<Block>,
+    len_bytes: u32,
+    expected: Option<BlockId>,
+}
+
+struct Actor {
+    began: Instant,
+    scheduler: Scheduler,
+    lanes: StoreLanes,
+    peers: BTreeMap<PeerKey, Peer>,
+    volumes: BTreeMap<VolumeKey, Volume>,
+    questions: BTreeMap<u64, Question>,
+    next_question: u64,
+    /// Requests on the wire by their number: Opens carry a volume, the rest a question.
+    opens: HashMap<u32, VolumeKey>,
+    next_request: u32,
+    waiters: HashMap<WaiterId, Waiting>,
+    /// Verified and not in the store yet: answered from here.
+    unstored: HashMap<BlockId, Bytes>,
+}
+
+/// Runs until every [`super::Fetch`] is dropped.
+pub(super) async fn run(
+    limits: Limits,
+    lanes: StoreLanes,
+    mut inbox: UnboundedReceiver<Command>,
+) {
+    let mut actor = Actor {
+        began: Instant::now(),
+        scheduler: Scheduler::new(limits),
+        lanes,
+        peers: BTreeMap::new(),
+        volumes: BTreeMap::new(),
+        questions: BTreeMap::new(),
+        next_question: 1,
+        opens: HashMap::new(),
+        next_request: 1,
+        waiters: HashMap::new(),
+        unstored: HashMap::new(),
+    };
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let deadline = actor.scheduler.deadline().map(|at| actor.began + at);
+        let timer = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            command = inbox.recv() => {
+                let Some(command) = command else { return };
+                actor.handle(command);
+                // One frame of wants for everything that is there already.
+                for _ in 0..256 {
+                    let Ok(command) = inbox.try_recv() else { break };
+                    actor.handle(command);
+                }
+            }
+            _ = tick.tick() => actor.tick(),
+            () = timer => {
+                let now = actor.now();
+                actor.scheduler.tick(now);
+            }
+        }
+        actor.act();
+    }
+}
+
+impl Actor {
+    fn now(&self) -> Now {
+        self.began.elapsed()
+    }
+
+    fn handle(&mut self, command: Command) {
+        let now = self.now();
+        match command {
+            Command::AddPeer { peer, name } => {
+                self.peers.insert(
+                    peer,
+                    Peer {
+                        name,
+                        link: None,
+                        outgoing: None,
+                        generation: 0,
+                        last_error: None,
+                        connects: 0,
+                        opening: 0,
+                        is_announced: false,
+                        raw_bulk_bytes: 0,
+                        raw_bulk_rate: 0.0,
+                        outbox: Vec::new(),
+                    },
+                );
+            }
+            Command::Link { peer, generation, new } => self.link_up(peer, generation, new),
+            Command::LinkLost { peer, generation, why } => self.link_lost(peer, generation, why),
+            Command::LinkTrouble { peer, why } => {
+                if let Some(peer) = self.peers.get_mut(&peer) {
+                    peer.last_error = Some(why);
+                }
+            }
+            Command::Control { peer, generation, frame } => {
+                if self.peers.get(&peer).is_some_and(|p| p.generation == generation && p.link.is_some()) {
+                    self.control(peer, frame);
+                }
+            }
+            Command::Arrived { peer, generation, message } => {
+                // A block of an earlier connection is as good as any; its number is not: the scheduler has asked again.
+                if self.peers.get(&peer).is_some_and(|p| p.generation == generation) {
+                    self.arrived(peer, message);
+                }
+            }
+            Command::Open { key, peer, name, expected, reply } => {
+                if !self.peers.contains_key(&peer)
+                    && let Some(reply) = reply
+                {
+                    let _ = reply.send(Err(FetchError::UnknownPeer));
+                    return;
+                }
+                if expected.is_some() {
+                    self.scheduler.add_volume(key, peer);
+                }
+                let volume = Volume {
+                    peer,
+                    name,
+                    expected,
+                    handle: None,
+                    waiting: reply,
+                    is_scheduled: expected.is_some(),
+                    reopen_at: None,
+                };
+                self.volumes.insert(key, volume);
+                self.send_open(key);
+            }
+            Command::Ask { key, what } => {
+                let number = UNSENT | self.next_question;
+                self.next_question += 1;
+                self.questions.insert(number, Question { key, what, is_sent: false });
+                self.send_question(number);
+            }
+            Command::Want { want, reply } => self.want(now, want, reply),
+            Command::Cancel { waiter } => {
+                self.waiters.remove(&waiter);
+                self.scheduler.cancel(now, waiter);
+            }
+            Command::LookedUp { flight, hit, budget } => {
+                let landed = self.scheduler.looked_up(now, flight, hit.is_some());
+                if let (Some(landed), Some(bytes)) = (landed, hit) {
+                    self.answer(landed, &bytes, Origin::Store, 0, None, &budget);
+                }
+            }
+            Command::Stored { ids } => {
+                for id in ids {
+                    self.unstored.remove(&id);
+                }
+            }
+            Command::Pace { key, is_paused, rate_bytes_per_s } => {
+                self.scheduler.set_paused(now, key, is_paused);
+                self.scheduler.set_rate(now, key, rate_bytes_per_s);
+            }
+            Command::LimitSite { bytes_per_s } => self.scheduler.set_site_rate(now, bytes_per_s),
+            Command::Close { key } => self.close(now, key),
+            Command::Peers { reply } => {
+                let _ = reply.send(self.peers.iter().map(|(key, peer)| (*key, peer.view())).collect());
+            }
+        }
+    }
+
+    fn link_up(&mut self, key: PeerKey, generation: u64, link: Arc<dyn Link>) {
+        let Some(peer) = self.peers.get_mut(&key) else { return };
+        peer.outgoing = Some(forward(Arc::clone(&link)));
+        peer.link = Some(link);
+        peer.generation = generation;
+        peer.connects += 1;
+        peer.last_error = None;
+        peer.opening = 0;
+        peer.is_announced = false;
+        tracing::info!(peer = %peer.name, connects = peer.connects, "connected");
+        let volumes: Vec<VolumeKey> =
+            self.volumes.iter().filter(|(_, volume)| volume.peer == key).map(|(key, _)| *key).collect();
+        for volume in volumes {
+            self.send_open(volume);
+        }
+        self.announce(key);
+    }
+
+    fn link_lost(&mut self, key: PeerKey, generation: u64, why: String) {
+        let now = self.now();
+        let Some(peer) = self.peers.get_mut(&key) else { return };
+        if peer.generation > generation {
+            return;
+        }
+        tracing::warn!(peer = %peer.name, why, "the connection is lost or did not come about");
+        peer.last_error = Some(why);
+        peer.link = None;
+        peer.outgoing = None;
+        peer.is_announced = false;
+        peer.outbox.clear();
+        for volume in self.volumes.values_mut().filter(|volume| volume.peer == key) {
+            volume.handle = None;
+        }
+        let volumes = &self.volumes;
+        self.opens.retain(|_, volume| volumes.get(volume).is_some_and(|v| v.peer != key));
+        for question in self.questions.values_mut() {
+            if volumes.get(&question.key).is_some_and(|volume| volume.peer == key) {
+                question.is_sent = false;
+            }
+        }
+        self.scheduler.peer_down(now, key);
+    }
+
+    fn send_open(&mut self, key: VolumeKey) {
+        let Some(volume) = self.volumes.get_mut(&key) else { return };
+        let Some(peer) = self.peers.get_mut(&volume.peer) else { return };
+        if peer.link.is_none() {
+            return;
+        }
+        volume.reopen_at = None;
+        let request = self.next_request;
+        self.next_request = self.next_request.wrapping_add(1);
+        self.opens.insert(request, key);
+        if !peer.is_announced {
+            peer.opening += 1;
+        }
+        let frame = Control::Open { request, volume: volume.name.clone() };
+        peer.send(&frame);
+    }
+
+    /// Wants are sent once every volume has been opened on this connection, so that none is refused needlessly.
+    fn announce(&mut self, key: PeerKey) {
+        let now = self.now();
+        let Some(peer) = self.peers.get_mut(&key) else { return };
+        if peer.link.is_some() && peer.opening == 0 && !peer.is_announced {
+            peer.is_announced = true;
+            self.scheduler.peer_up(now, key);
+        }
+    }
+
+    fn control(&mut self, key: PeerKey, frame: Control) {
+        match frame {
+            Control::Opened { request, handle, geometry, generation, epoch } => {
+                let Some(volume_key) = self.opens.remove(&request) else { return };
+                self.opened(volume_key, Remote { key: volume_key, geometry, generation, epoch }, handle);
+                self.after_open(key);
+            }
+            Control::Done { request, epoch } => {
+                if let Some(question) = self.questions.remove(&u64::from(request)) {
+                    match question.what {
+                        Ask::TakeOver(_, reply) | Ask::Completed(_, reply) | Ask::GiveBack(_, reply) => {
+                            let _ = reply.send(Ok(epoch));
+                        }
+                        Ask::Page(_, reply) => drop(reply),
+                        Ask::Roots(_, _, reply) => drop(reply),
+                    }
+                }
+            }
+            Control::Refused { request, refusal, why } => {
+                let Some(peer) = self.peers.get(&key).map(|peer| peer.name.clone()) else { return };
+                let error = FetchError::Refused { peer, refusal, why };
+                if let Some(volume_key) = self.opens.remove(&request) {
+                    self.open_refused(volume_key, error);
+                    self.after_open(key);
+                } else if let Some(question) = self.questions.remove(&u64::from(request)) {
+                    question.what.fail(error);
+                }
+            }
+            other => {
+                tracing::warn!(?other, "the peer sent a frame that only a destination sends; the connection is closed");
+                if let Some(link) = self.peers.get(&key).and_then(|peer| peer.link.as_ref()) {
+                    link.close("a frame that only a destination sends");
+                }
+            }
+        }
+    }
+
+    fn after_open(&mut self, key: PeerKey) {
+        if let Some(peer) = self.peers.get_mut(&key) {
+            peer.opening = peer.opening.saturating_sub(1);
+        }
+        self.announce(key);
+    }
+
+    fn opened(&mut self, key: VolumeKey, remote: Remote, handle: u32) {
+        let Some(volume) = self.volumes.get_mut(&key) else { return };
+        let found = Expected { geometry: remote.geometry, generation: remote.generation };
+        if let Some(expected) = volume.expected.filter(|expected| *expected != found) {
+            let why = format!(
+                "it is no longer the image whose relocation was begun ({} bytes, generation {}; it was {} bytes, generation {})",
+                found.geometry.size_bytes,
+                found.generation,
+                expected.geometry.size_bytes,
+                expected.generation
+            );
+            let Some(peer) = self.peers.get(&volume.peer).map(|peer| peer.name.clone()) else { return };
+            let error = FetchError::Inconsistent { peer, volume: volume.name.clone(), why };
+            self.open_refused(key, error);
+            return;
+        }
+        volume.expected = Some(found);
+        volume.handle = Some(handle);
+        if !std::mem::replace(&mut volume.is_scheduled, true) {
+            self.scheduler.add_volume(key, volume.peer);
+        }
+        if let Some(waiting) = volume.waiting.take() {
+            let _ = waiting.send(Ok(remote));
+        }
+        let questions: Vec<u64> =
+            self.questions.iter().filter(|(_, q)| q.key == key && !q.is_sent).map(|(number, _)| *number).collect();
+        for question in questions {
+            self.send_question(question);
+        }
+    }
+
+    fn open_refused(&mut self, key: VolumeKey, error: FetchError) {
+        let now = self.now();
+        let Some(volume) = self.volumes.get_mut(&key) else { return };
+        match volume.waiting.take() {
+            // The first time, the one who asked decides.
+            Some(waiting) => {
+                let _ = waiting.send(Err(error));
+                self.volumes.remove(&key);
+            }
+            // Later on, data depends on it: it is asked for again until somebody gives it up.
+            None => {
+                tracing::warn!(volume = %volume.name, %error, "the volume cannot be opened at the peer now; trying again");
+                if let Some(peer) = self.peers.get_mut(&volume.peer) {
+                    peer.last_error = Some(error.to_string());
+                }
+                volume.reopen_at = Some(now + REOPEN);
+            }
+        }
+    }
+
+    fn send_question(&mut self, number: u64) {
+        let Some(question) = self.questions.get_mut(&number) else { return };
+        let Some(volume) = self.volumes.get(&question.key) else {
+            if let Some(question) = self.questions.remove(&number) {
+                question.what.fail(FetchError::Gone);
+            }
+            return;
+        };
+        let (Some(handle), Some(peer)) = (volume.handle, self.peers.get_mut(&volume.peer)) else { return };
+        // Opens and questions take their numbers from one counter: an answer fits one of them only.
+        let (request, flight) = (self.next_request, self.next_request);
+        self.next_request = self.next_request.wrapping_add(1);
+        let frame = match &question.what {
+            Ask::TakeOver(epoch, _) => Control::TakeOver { request, handle, epoch: *epoch },
+            Ask::Completed(epoch, _) => Control::Completed { request, handle, epoch: *epoch },
+            Ask::GiveBack(epoch, _) => Control::GiveBack { request, handle, epoch: *epoch },
+            Ask::Page(page, _) => Control::Page { flight: ASK_FLIGHTS | u64::from(flight), handle, page: *page },
+            Ask::Roots(first, count, _) => {
+                Control::Roots { flight: ASK_FLIGHTS | u64::from(flight), handle, first: *first, count: *count }
+            }
+        };
+        question.is_sent = true;
+        peer.send(&frame);
+        if let Some(question) = self.questions.remove(&number) {
+            self.questions.insert(u64::from(request), question);
+        }
+    }
+
+    fn want(&mut self, now: Now, want: WantBlock, reply: Reply<Block>) {
+        if !self.volumes.contains_key(&want.place.volume) {
+            let _ = reply.send(Err(FetchError::Gone));
+            return;
+        }
+        if let Some(bytes) = want.id.and_then(|id| self.unstored.get(&id)) {
+            let (id, bytes) = (want.id.unwrap_or_default(), bytes.clone());
+            let (origin, class) = (Origin::Joined, want.class);
+            let _ = reply.send(Ok(Block { id, bytes, origin, wire_bytes: 0, class, budget: None }));
+            return;
+        }
+        self.waiters.insert(want.waiter, Waiting { reply, len_bytes: want.len_bytes, expected: want.id });
+        self.scheduler.want(now, want);
+    }
+
+    fn arrived(&mut self, peer: PeerKey, message: Arrived) {
+        let now = self.now();
+        match message {
+            Arrived::Block { flight, id, bytes, frame, wire_bytes, budget } => {
+                let flight = FlightId(flight);
+                if let Some(expected) = self.scheduler.id_of(flight).filter(|expected| *expected != id) {
+                    let why = format!("block {expected:?} was announced and {id:?} came: the image was changed at the source");
+                    self.refuse(now, flight, peer, Refusal::ImageChanged, why);
+                    return;
+                }
+                let Some(landed) = self.scheduler.arrived(now, flight, wire_bytes) else { return };
+                if landed.class == Class::Bulk
+                    && let Some(peer) = self.peers.get_mut(&peer)
+                {
+                    peer.raw_bulk_bytes += bytes.len() as u64;
+                }
+                match frame {
+                    Some(frame) => {
+                        self.answer(landed, &bytes, Origin::Wire, wire_bytes, Some(id), &budget);
+                        self.unstored.insert(id, bytes);
+                        self.lanes.put(id, frame, budget);
+                    }
+                    None => self.answer(landed, &Bytes::new(), Origin::Zero, wire_bytes, Some(id), &None),
+                }
+            }
+            Arrived::Damaged { flight, why } if flight & ASK_FLIGHTS == 0 => {
+                tracing::warn!(flight, why, "a block failed its check and is asked for again");
+                let landed = self.scheduler.failed(now, FlightId(flight), Failure::Transient);
+                debug_assert!(landed.is_none());
+            }
+            Arrived::Failed { flight, refusal, why } if flight & ASK_FLIGHTS == 0 => {
+                self.refuse(now, FlightId(flight), peer, refusal, why);
+            }
+            Arrived::Damaged { flight, why } => self.ask_again(flight, &why),
+            Arrived::Failed { flight, refusal, why } => {
+                if refusal.is_transient() {
+                    self.ask_again(flight, &why);
+                } else if let Some(question) = self.questions.remove(&(flight & !ASK_FLIGHTS))
+                    && let Some(peer) = self.peers.get(&peer)
+                {
+                    question.what.fail(FetchError::Refused { peer: peer.name.clone(), refusal, why });
+                }
+            }
+            Arrived::Page { flight, page, bytes, frame } => self.page_arrived(flight, page, &bytes, frame),
+            Arrived::Roots { flight, first, entries } => {
+                let number = flight & !ASK_FLIGHTS;
+                let is_wanted =
+                    matches!(self.questions.get(&number), Some(Question { what: Ask::Roots(at, ..), .. }) if *at == first);
+                if is_wanted
+                    && let Some(Question { what: Ask::Roots(_, _, reply), .. }) = self.questions.remove(&number)
+                {
+                    let _ = reply.send(Ok(entries));
+                }
+            }
+        }
+    }
+
+    fn page_arrived(&mut self, flight: u64, page: crate::core::manifest::PageIndex, bytes: &[u8], frame: Frame) {
+        let number = flight & !ASK_FLIGHTS;
+        let Some(Question { key, what: Ask::Page(wanted, _), .. }) = self.questions.get(&number) else { return };
+        let geometry = self.volumes.get(key).and_then(|volume| volume.expected).map(|expected| expected.geometry);
+        let parsed = geometry.map(|geometry| Page::from_bytes(bytes, geometry.ids_in(page)));
+        match parsed {
+            Some(Ok(parsed)) if *wanted == page => {
+                if let Some(Question { what: Ask::Page(_, reply), .. }) = self.questions.remove(&number) {
+                    let _ = reply.send(Ok((parsed, frame)));
+                }
+            }
+            _ => self.ask_again(flight, "a manifest page of the wrong shape"),
+        }
+    }
+
+    /// Asks a failed question again a little later, on whatever connection there is then.
+    fn ask_again(&mut self, flight: u64, why: &str) {
+        let number = flight & !ASK_FLIGHTS;
+        tracing::warn!(why, "a manifest page did not come and is asked for again");
+        if let Some(question) = self.questions.get_mut(&number) {
+            question.is_sent = false;
+        }
+    }
+
+    fn refuse(&mut self, now: Now, flight: FlightId, peer: PeerKey, refusal: Refusal, why: String) {
+        let failure = if refusal.is_transient() { Failure::Transient } else { Failure::Permanent };
+        if let Some(landed) = self.scheduler.failed(now, flight, failure)
+            && let Some(peer) = self.peers.get(&peer)
+        {
+            for waiter in landed.waiters {
+                if let Some(waiting) = self.waiters.remove(&waiter.id) {
+                    let error = FetchError::Refused { peer: peer.name.clone(), refusal, why: why.clone() };
+                    let _ = waiting.reply.send(Err(error));
+                }
+            }
+        }
+    }
+
+    fn answer(
+        &mut self,
+        landed: Landed,
+        bytes: &Bytes,
+        origin: Origin,
+        wire_bytes: u64,
+        id: Option<BlockId>,
+        budget: &Budgeted,
+    ) {
+        let mut asked_first = None;
+        for waiter in landed.waiters {
+            let Some(waiting) = self.waiters.remove(&waiter.id) else { continue };
+            let bytes = if origin == Origin::Zero { Bytes::from(vec![0; waiting.len_bytes as usize]) } else { bytes.clone() };
+            let id = id.or(waiting.expected).unwrap_or_default();
+            // Of a volume of another block size, or a lying source: an id that fits bytes of another length.
+            if bytes.len() != waiting.len_bytes as usize {
+                tracing::warn!(?id, "a block of {} bytes came for one of {}", bytes.len(), waiting.len_bytes);
+                let why = "a block of the wrong length came".to_owned();
+                let refusal = Refusal::BadRequest;
+                let peer = self.peers.values().next().map(|peer| peer.name.clone());
+                if let Some(peer) = peer {
+                    let _ = waiting.reply.send(Err(FetchError::Refused { peer, refusal, why }));
+                }
+                continue;
+            }
+            let (origin, wire_bytes) = match asked_first {
+                None => (origin, wire_bytes),
+                Some(volume) if volume == waiter.place.volume && origin == Origin::Wire => (Origin::Shared, 0),
+                Some(_) if origin == Origin::Wire => (Origin::Joined, 0),
+                Some(_) => (origin, 0),
+            };
+            asked_first.get_or_insert(waiter.place.volume);
+            let budget = budget.clone();
+            let _ = waiting.reply.send(Ok(Block { id, bytes, origin, wire_bytes, class: landed.class, budget }));
+        }
+    }
+
+    fn close(&mut self, now: Now, key: VolumeKey) {
+        self.volumes.remove(&key);
+        self.opens.retain(|_, volume| *volume != key);
+        for waiter in self.scheduler.remove_volume(now, key) {
+            if let Some(waiting) = self.waiters.remove(&waiter.id) {
+                let _ = waiting.reply.send(Err(FetchError::Gone));
+            }
+        }
+        let gone: Vec<u64> = self.questions.iter().filter(|(_, q)| q.key == key).map(|(number, _)| *number).collect();
+        for number in gone {
+            if let Some(question) = self.questions.remove(&number) {
+                question.what.fail(FetchError::Gone);
+            }
+        }
+    }
+
+    fn tick(&mut self) {
+        let now = self.now();
+        for (key, peer) in &mut self.peers {
+            let Some(link) = &peer.link else { continue };
+            let rate = peer.raw_bulk_bytes as f64 / TICK.as_secs_f64();
+            peer.raw_bulk_bytes = 0;
+            // Falls slowly and rises at once: a pause must not shut the window.
+            peer.raw_bulk_rate = rate.max(peer.raw_bulk_rate * 0.9);
+            let rtt = link.path().rtt.as_secs_f64();
+            let window = 2.0 * peer.raw_bulk_rate * (rtt + TICK.as_secs_f64());
+            self.scheduler.set_bulk_window(now, *key, (window as u64).clamp(MIN_BULK_WINDOW, MAX_BULK_WINDOW));
+        }
+        let due: Vec<VolumeKey> = self
+            .volumes
+            .iter()
+            .filter(|(_, volume)| volume.reopen_at.is_some_and(|at| at <= now))
+            .map(|(key, _)| *key)
+            .collect();
+        for key in due {
+            self.send_open(key);
+        }
+        let unsent: Vec<u64> =
+            self.questions.iter().filter(|(_, question)| !question.is_sent).map(|(number, _)| *number).collect();
+        for number in unsent {
+            self.send_question(number);
+        }
+        self.scheduler.tick(now);
+    }
+
+    /// Carries out what the scheduler decided, until it has nothing more to say.
+    fn act(&mut self) {
+        while let Some(action) = self.scheduler.poll_action() {
+            match action {
+                Action::LookUp { flight, id, class } => {
+                    let len_bytes = self.scheduler.len_of(flight).unwrap_or_default();
+                    self.lanes.look_up(flight, id, class, len_bytes);
+                }
+                Action::Send { flight, peer, place, class } => {
+                    let handle = self.volumes.get(&place.volume).and_then(|volume| volume.handle);
+                    match (handle, self.peers.get_mut(&peer)) {
+                        (Some(handle), Some(peer)) => {
+                            peer.outbox.push(Want { flight: flight.0, handle, class, block: place.block });
+                        }
+                        // It could not be opened on this connection; the scheduler comes back to it.
+                        _ => {
+                            let now = self.now();
+                            let _ = self.scheduler.failed(now, flight, Failure::Transient);
+                        }
+                    }
+                }
+                Action::Promote { flight, peer, class } => {
+                    if let Some(peer) = self.peers.get_mut(&peer) {
+                        peer.flush_wants();
+                        peer.send(&Control::Promote { flight: flight.0, class });
+                    }
+                }
+                Action::Forget { flight, peer } => {
+                    if let Some(peer) = self.peers.get_mut(&peer) {
+                        peer.flush_wants();
+                        peer.send(&Control::Forget { flight: flight.0 });
+                    }
+                }
+            }
+        }
+        for peer in self.peers.values_mut() {
+            peer.flush_wants();
+        }
+    }
+}
+
+/// Raw bytes of bulk under way with a peer before its rate is known: a quarter of a second at 64 MB/s.
+const MIN_BULK_WINDOW: u64 = 16 << 20;
+/// The most, which 1 Gbit/s x 200 ms at a compression of 1:3 needs. The source keeps them as 40-byte wants.
+const MAX_BULK_WINDOW: u64 = 128 << 20;
+
+impl Peer {
+    fn view(&self) -> PeerView {
+        let path = self.link.as_ref().map(|link| link.path());
+        PeerView {
+            is_up: self.link.is_some(),
+            last_error: self.last_error.clone(),
+            rtt: path.as_ref().map(|path| path.rtt),
+            cwnd_bytes: path.as_ref().map(|path| path.cwnd_bytes),
+            connects: self.connects,
+        }
+    }
+
+    /// In order, without waiting: what we send is small and bounded by what may be in flight.
+    fn send(&mut self, frame: &Control) {
+        if let Some(outgoing) = &self.outgoing {
+            let _ = outgoing.send(frame.encode());
+        }
+    }
+
+    fn flush_wants(&mut self) {
+        if self.outbox.is_empty() {
+            return;
+        }
+        let mut wants = std::mem::take(&mut self.outbox);
+        // What a guest waits for stands in front.
+        wants.sort_by_key(|want| want.class);
+        for some in wants.chunks(MAX_WANTS_PER_FRAME) {
+            self.send(&Control::Wants(some.to_vec()));
+        }
+    }
+}
+
+/// Feeds a link's bounded queue, so that a slow link never holds up the actor.
+fn forward(link: Arc<dyn Link>) -> UnboundedSender<Bytes> {
+    let (outgoing, mut frames) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Some(frame) = frames.recv().await {
+            if link.send_control(frame).await.is_err() {
+                return;
+            }
+        }
+    });
+    outgoing
+}
+
+impl Ask {
+    fn fail(self, error: FetchError) {
+        match self {
+            Ask::TakeOver(_, reply) | Ask::Completed(_, reply) | Ask::GiveBack(_, reply) => drop(reply.send(Err(error))),
+            Ask::Page(_, reply) => drop(reply.send(Err(error))),
+            Ask::Roots(_, _, reply) => drop(reply.send(Err(error))),
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! What can be wrong with an image, sorted by who has to act. Must not know who asked.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why an image could not be opened, read or written. Every message names the path and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// Nothing is there.
+    #[error("image {path}: there is no such file; check the path (it is looked up by the daemon, not by the command)")]
+    Missing {
+        /// The path that was asked for.
+        path: PathBuf,
+    },
+    /// It is there and may not be opened.
+    #[error("image {path}: cannot be opened for {purpose}: {source}; check its permissions and those of its folder")]
+    Unreadable {
+        /// The path that was asked for.
+        path: PathBuf,
+        /// `reading` or `writing`.
+        purpose: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A folder, a socket, an empty file.
+    #[error("image {path}: {what}; give a raw image file or a block device")]
+    NotAnImage {
+        /// The path that was asked for.
+        path: PathBuf,
+        /// What it is instead.
+        what: String,
+    },
+    /// The file has become shorter than it was when it was opened.
+    #[error(
+        "image {path}: ends at or before byte {offset}, {announced_bytes} bytes were announced; it was truncated while in use"
+    )]
+    Shorter {
+        /// The image.
+        path: PathBuf,
+        /// The first missing byte.
+        offset: u64,
+        /// The size when it was opened.
+        announced_bytes: u64,
+    },
+    /// The destination of a relocation exists already.
+    #[error("image {path}: exists already; remove it or name another path with --image")]
+    Exists {
+        /// The destination.
+        path: PathBuf,
+    },
+    /// Somebody else has it open under a lock.
+    #[error("image {path}: is in use by another process ({holder}); stop that first")]
+    InUse {
+        /// The image.
+        path: PathBuf,
+        /// Who holds it, as far as the kernel tells.
+        holder: String,
+    },
+    /// A block device that is smaller than the volume.
+    #[error("image {path}: has {have_bytes} bytes, the volume needs {need_bytes}")]
+    TooSmall {
+        /// The destination.
+        path: PathBuf,
+        /// Its size.
+        have_bytes: u64,
+        /// What is needed.
+        need_bytes: u64,
+    },
+    /// I/O on an opened image failed.
+    #[error("image {path}: {doing} at byte {offset} failed: {source}")]
+    Io {
+        /// What was being done.
+        doing: &'static str,
+        /// The image.
+        path: PathBuf,
+        /// Where.
+        offset: u64,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+impl ImageError {
+    /// Whether the file system has no room left (ENOSPC or EDQUOT): waiting or making room helps.
+    pub fn is_no_space(&self) -> bool {
+        match self {
+            ImageError::Io { source, .. } | ImageError::Unreadable { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            }
+            _ => false,
+        }
+    }
+}

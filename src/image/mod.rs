@@ -1,0 +1,220 @@
+//! Where bytes lie: raw files and block devices, sparse-aware, with positioned I/O.
+//! Must not know peers, volumes or residency.
+
+mod error;
+mod open;
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
+use serde::{Deserialize, Serialize};
+
+pub use error::ImageError;
+
+/// An opened raw image. Positioned I/O only, so that any number of threads may share it.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    path: PathBuf,
+    size_bytes: u64,
+    is_block_device: bool,
+    is_writable: bool,
+}
+
+/// What tells whether a file is still the one that was hashed: any write through the kernel changes one of these.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
+    /// Device and inode: another file under the same path is another image.
+    pub device: u64,
+    /// See `device`.
+    pub inode: u64,
+    /// In bytes.
+    pub size_bytes: u64,
+    /// Time of the last change of content, nanoseconds since the epoch.
+    pub mtime_ns: i128,
+    /// Time of the last change of inode or content: unlike mtime it cannot be set back by a program.
+    pub ctime_ns: i128,
+}
+
+impl Image {
+    /// Size in bytes, as it was when the image was opened.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// The path that it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it was opened for writing.
+    pub fn is_writable(&self) -> bool {
+        self.is_writable
+    }
+
+    /// Whether this is a block device: it has no holes and no trustworthy mtime.
+    pub fn is_block_device(&self) -> bool {
+        self.is_block_device
+    }
+
+    /// Fills `buf` from `offset`. A file that ends earlier than it did when it was opened is
+    /// [`ImageError::Shorter`]: missing bytes are never made up.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+        let mut done = 0;
+        while done < buf.len() {
+            match self.file.read_at(&mut buf[done..], offset + done as u64) {
+                Ok(0) => {
+                    return Err(ImageError::Shorter {
+                        path: self.path.clone(),
+                        offset: offset + done as u64,
+                        announced_bytes: self.size_bytes,
+                    });
+                }
+                Ok(count) => done += count,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.io("reading", offset, error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills `buf` if the page cache has all of it (RWF_NOWAIT); None if the disk would have to be waited for, or the file
+    /// system cannot tell.
+    pub fn read_cached_at(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), ImageError>> {
+        let vector = nix::libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+        // SAFETY: one vector over `buf`, which is exclusively ours during the call, on a descriptor that `self` keeps open.
+        let count = unsafe {
+            nix::libc::preadv2(self.file.as_raw_fd(), &vector, 1, offset as i64, nix::libc::RWF_NOWAIT)
+        };
+        // Less than all: the rest is not cached, or the file was truncated; the ordinary read finds out.
+        (count == buf.len() as isize).then_some(Ok(()))
+    }
+
+    /// Writes all of `bytes` at `offset`.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), ImageError> {
+        debug_assert!(offset + bytes.len() as u64 <= self.size_bytes, "bounds are checked at the NBD edge");
+        self.file.write_all_at(bytes, offset).map_err(|error| self.io("writing", offset, error))
+    }
+
+    /// Makes a range read as zeros: by a hole where `may_punch` and the file system can, by allocated zeros otherwise.
+    pub fn write_zeroes(&self, offset: u64, len_bytes: u64, may_punch: bool) -> Result<(), ImageError> {
+        if len_bytes == 0 {
+            return Ok(());
+        }
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let zero = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let modes: &[FallocateFlags] = if may_punch { &[punch, zero] } else { &[zero] };
+        for mode in modes {
+            match retry_interrupted(|| fallocate(self.file.as_fd(), *mode, offset as i64, len_bytes as i64)) {
+                Ok(()) => return Ok(()),
+                Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENODEV) => {}
+                Err(errno) => return Err(self.io("zeroing", offset, errno.into())),
+            }
+        }
+        let zeros = vec![0u8; len_bytes.min(1 << 20) as usize];
+        let mut at = offset;
+        while at < offset + len_bytes {
+            let step = (offset + len_bytes - at).min(zeros.len() as u64);
+            self.write_at(at, &zeros[..step as usize])?;
+            at += step;
+        }
+        Ok(())
+    }
+
+    /// Waits until everything that was written is durable (fdatasync).
+    pub fn sync_data(&self) -> Result<(), ImageError> {
+        self.file.sync_data().map_err(|error| self.io("syncing", 0, error))
+    }
+
+    /// The first range of data that ends behind `from` (cut to begin there), or None when only holes follow. Where the
+    /// file system cannot tell, everything is data.
+    pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>, ImageError> {
+        if from >= self.size_bytes {
+            return Ok(None);
+        }
+        if self.is_block_device {
+            return Ok(Some(from..self.size_bytes));
+        }
+        let start = match lseek(self.file.as_fd(), from as i64, Whence::SeekData) {
+            Ok(start) => start as u64,
+            Err(Errno::ENXIO) => return Ok(None),
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(Some(from..self.size_bytes)),
+            Err(errno) => return Err(self.io("looking for data in", from, errno.into())),
+        };
+        let end = match lseek(self.file.as_fd(), start as i64, Whence::SeekHole) {
+            Ok(end) => (end as u64).min(self.size_bytes),
+            Err(Errno::ENXIO) => self.size_bytes,
+            Err(errno) => return Err(self.io("looking for holes in", start, errno.into())),
+        };
+        Ok((start < end).then_some(start..end))
+    }
+
+    /// Whether a range is known to lie in a hole, so that it reads as zeros without being read.
+    pub fn is_hole(&self, range: Range<u64>) -> Result<bool, ImageError> {
+        Ok(self.next_data(range.start)?.is_none_or(|data| data.start >= range.end))
+    }
+
+    /// What the file looks like now; None for a block device, which has no trustworthy times.
+    pub fn stamp(&self) -> Result<Option<Stamp>, ImageError> {
+        if self.is_block_device {
+            return Ok(None);
+        }
+        let meta = self.file.metadata().map_err(|error| self.io("examining", 0, error))?;
+        let ns = |seconds: i64, nanoseconds: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
+        Ok(Some(Stamp {
+            device: meta.dev(),
+            inode: meta.ino(),
+            size_bytes: meta.len(),
+            mtime_ns: ns(meta.mtime(), meta.mtime_nsec()),
+            ctime_ns: ns(meta.ctime(), meta.ctime_nsec()),
+        }))
+    }
+
+    /// How many bytes of the file are allocated; the size for a block device.
+    pub fn allocated_bytes(&self) -> Result<u64, ImageError> {
+        if self.is_block_device {
+            return Ok(self.size_bytes);
+        }
+        let meta = self.file.metadata().map_err(|error| self.io("examining", 0, error))?;
+        Ok(meta.blocks() * 512)
+    }
+
+    /// Tells the kernel that a range was read once and will not soon be read again, so that hashing a large image
+    /// does not push everything else out of the page cache. Advice only.
+    pub fn forget_cached(&self, range: Range<u64>) {
+        let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+        let _ = nix::fcntl::posix_fadvise(
+            self.file.as_fd(),
+            range.start as i64,
+            (range.end - range.start) as i64,
+            advice,
+        );
+    }
+
+    /// The descriptor, for drivers that submit I/O by other means.
+    pub fn raw_fd(&self) -> i32 {
+        self.file.as_raw_fd()
+    }
+
+    fn io(&self, doing: &'static str, offset: u64, source: std::io::Error) -> ImageError {
+        ImageError::Io { doing, path: self.path.clone(), offset, source }
+    }
+}
+
+fn retry_interrupted<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+    loop {
+        match call() {
+            Err(Errno::EINTR) => {}
+            other => return other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,159 @@
+//! A connected stream of either kind, polled. Must not know NBD.
+
+use std::fmt;
+use std::io::{self, IoSlice};
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{BufMut, BytesMut};
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
+use tokio::net::{TcpStream, UnixStream};
+
+/// What the kernel should hold of replies for one client; it cuts this to its own limit.
+const SEND_BUFFER_BYTES: usize = 1 << 20;
+
+/// A connection to a client.
+pub(super) enum Socket {
+    /// On a Unix socket.
+    Unix(UnixStream),
+    /// Over TCP.
+    Tcp(TcpStream),
+}
+
+/// Who is at the other end, for logs.
+#[derive(Clone, Debug)]
+pub(super) struct Peer(String);
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Socket {
+    /// Sets what every connection needs. Failures are not fatal: the connection works, a little worse.
+    pub(super) fn tune(&self) {
+        match self {
+            Socket::Unix(stream) => {
+                let _ = SockRef::from(stream).set_send_buffer_size(SEND_BUFFER_BYTES);
+            }
+            Socket::Tcp(stream) => {
+                // "both the client and server SHOULD disable Nagle's algorithm".
+                let _ = stream.set_nodelay(true);
+                // A client whose machine died would hold its slot for ever.
+                let keepalive = TcpKeepalive::new().with_time(Duration::from_secs(60));
+                let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive.with_interval(Duration::from_secs(10)));
+            }
+        }
+    }
+
+    /// Who is there.
+    pub(super) fn peer(&self) -> Peer {
+        Peer(match self {
+            Socket::Unix(stream) => match stream.peer_cred().ok().and_then(|cred| cred.pid()) {
+                Some(pid) => format!("process {pid}"),
+                None => "a local process".to_owned(),
+            },
+            Socket::Tcp(stream) => match stream.peer_addr() {
+                Ok(addr) => addr.to_string(),
+                Err(_) => "a client that has gone".to_owned(),
+            },
+        })
+    }
+
+    /// Takes the socket to another runtime: gives it up in this one.
+    pub(super) fn detach(self) -> io::Result<DetachedSocket> {
+        Ok(match self {
+            Socket::Unix(stream) => DetachedSocket::Unix(stream.into_std()?),
+            Socket::Tcp(stream) => DetachedSocket::Tcp(stream.into_std()?),
+        })
+    }
+
+    /// Reads at most `max_bytes` to the end of `buf`, which may grow. 0 bytes: the client sends no more.
+    pub(super) fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        buf: &mut BytesMut,
+        max_bytes: usize,
+    ) -> Poll<io::Result<usize>> {
+        let mut limited = buf.limit(max_bytes);
+        match self {
+            Socket::Unix(stream) => Future::poll(pin!(stream.read_buf(&mut limited)), cx),
+            Socket::Tcp(stream) => Future::poll(pin!(stream.read_buf(&mut limited)), cx),
+        }
+    }
+
+    /// Whether the client, of whom no more input comes, takes no output either. Over TCP that cannot be told before
+    /// something is sent.
+    pub(super) fn is_abandoned(&self, cx: &mut Context<'_>) -> bool {
+        match self {
+            Socket::Unix(stream) => {
+                let ready = pin!(stream.ready(Interest::WRITABLE));
+                matches!(Future::poll(ready, cx), Poll::Ready(Ok(ready)) if ready.is_write_closed())
+            }
+            Socket::Tcp(_) => false,
+        }
+    }
+
+    /// Writes some of `slices` (not all of them empty).
+    pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        match (self, slices) {
+            (Socket::Unix(stream), [one]) => Pin::new(stream).poll_write(cx, one),
+            (Socket::Tcp(stream), [one]) => Pin::new(stream).poll_write(cx, one),
+            (Socket::Unix(stream), many) => Pin::new(stream).poll_write_vectored(cx, many),
+            (Socket::Tcp(stream), many) => Pin::new(stream).poll_write_vectored(cx, many),
+        }
+    }
+
+    /// Reads at most `max_bytes` to the end of `buf`.
+    pub(super) async fn read(&mut self, buf: &mut BytesMut, max_bytes: usize) -> io::Result<usize> {
+        std::future::poll_fn(|cx| self.poll_read(cx, buf, max_bytes)).await
+    }
+
+    /// Writes all of `bytes`.
+    pub(super) async fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Socket::Unix(stream) => stream.write_all(bytes).await,
+            Socket::Tcp(stream) => stream.write_all(bytes).await,
+        }
+    }
+
+    /// Ends the connection so that the client gets what was sent: closing a TCP socket with unread input would reset it,
+    /// and the last replies with it. So: say that nothing more comes, then wait for the client to close, but not long.
+    pub(super) async fn close(mut self, linger: Duration) {
+        let shut = match &mut self {
+            Socket::Unix(stream) => stream.shutdown().await,
+            Socket::Tcp(stream) => stream.shutdown().await,
+        };
+        if shut.is_err() {
+            return;
+        }
+        let drain = async {
+            let mut rest = BytesMut::with_capacity(16 << 10);
+            while matches!(self.read(&mut rest, 16 << 10).await, Ok(1..)) {
+                rest.clear();
+            }
+        };
+        let _ = tokio::time::timeout(linger, drain).await;
+    }
+}
+
+/// A [`Socket`] between two runtimes.
+pub(super) enum DetachedSocket {
+    /// On a Unix socket.
+    Unix(std::os::unix::net::UnixStream),
+    /// Over TCP.
+    Tcp(std::net::TcpStream),
+}
+
+impl DetachedSocket {
+    /// Registers the socket with the runtime that this is called in.
+    pub(super) fn attach(self) -> io::Result<Socket> {
+        Ok(match self {
+            DetachedSocket::Unix(stream) => Socket::Unix(UnixStream::from_std(stream)?),
+            DetachedSocket::Tcp(stream) => Socket::Tcp(TcpStream::from_std(stream)?),
+        })
+    }
+}

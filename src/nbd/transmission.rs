@@ -1,0 +1,576 @@
+//! The transmission phase of one connection: one task that reads requests, runs them, and sends replies in the order in
+//! which they are ready. Must not know what an export is made of.
+//!
+//! Everything happens in [`Transmission::poll`], which moves what can be moved in each direction and returns when all of
+//! it has to wait. So a request that the export answers at once costs no task, no channel and no allocation, and the
+//! replies to all requests that came in one segment leave in one system call.
+//!
+//! What a client can make this hold: its requests in flight (bounded in number, their payloads by [`Share`]), replies
+//! that it does not take (requests are left in the socket from [`OUTPUT_HIGH_BYTES`] on), and one buffer of input.
+
+use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+
+use super::budget::Share;
+use super::execute::{Finished, Outcome, SMALL_REQUEST_BYTES, StatusQuery, cost_bytes, execute};
+use super::output::{MAX_SLICES, Output, SYNC_MAX_BYTES};
+use super::socket::{Peer, Socket};
+use super::{BoxFuture, Export, ReadData};
+use crate::core::ids::is_zero;
+use crate::core::nbd::{
+    BadRequest, Command, ContextIndex, Fault, NbdErrno, Parsed, Request, Session, Tag, parse_status_payload,
+};
+
+/// Input that is read at once while requests are small.
+const INPUT_BYTES: usize = 64 << 10;
+
+/// Input that is read at once after a large write: the next header and little of its payload, which then goes straight
+/// into a buffer of its own.
+const INPUT_AFTER_LARGE_BYTES: usize = 512;
+
+/// Payloads up to this length are taken from the input buffer; longer ones are read into their own.
+const SMALL_PAYLOAD_BYTES: usize = 16 << 10;
+
+/// Replies are sent when this much waits, even though more requests are at hand: so the client works on the first
+/// replies while the next are made.
+const FLUSH_BYTES: usize = 32 << 10;
+
+/// No more requests are taken while this much waits to be sent.
+const OUTPUT_HIGH_BYTES: usize = 512 << 10;
+
+/// How long a client has to take notice of the end of its connection.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Why no more requests are taken from a client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// It sent DISC.
+    Disconnected,
+    /// It closed the connection, or its sending side.
+    Closed,
+    /// The connection broke.
+    Broken(std::io::ErrorKind),
+    /// It broke the protocol.
+    Fault(Fault),
+    /// The server is being shut down.
+    Shutdown,
+}
+
+/// Where the next input goes.
+enum Intake {
+    /// A request header is next.
+    Header,
+    /// This request waits for its share of the budget.
+    Budget(Request),
+    /// The short payload of this request is awaited in the input buffer.
+    Small(Request),
+    /// The long payload of this request is read into `payload`.
+    Large { request: Request, payload: BytesMut },
+    /// This many bytes are dropped; then the request is answered with its error.
+    Skip { left_bytes: u64, bad: BadRequest },
+}
+
+/// One connection in transmission.
+pub(super) struct Transmission {
+    peer: Peer,
+    name: String,
+    socket: Socket,
+    session: Session,
+    export: Arc<dyn Export>,
+    max_requests: usize,
+    share: Share,
+
+    input: BytesMut,
+    intake: Intake,
+    input_step_bytes: usize,
+    /// The buffer of an earlier payload, for the next: fresh memory costs a page fault every 4 KiB.
+    spare_payload: BytesMut,
+
+    /// Requests that change nothing: dropped when the client has gone.
+    reads: FuturesUnordered<BoxFuture<'static, Finished>>,
+    /// Requests that do: always finished.
+    changes: FuturesUnordered<BoxFuture<'static, Finished>>,
+
+    output: Output,
+    /// The socket took less than it was offered: more replies may pile up before it is tried again.
+    output_blocked: bool,
+    /// What of the budget comes back when the output has been sent up to a position.
+    owed: VecDeque<(u64, u64)>,
+    end: Option<End>,
+}
+
+impl Transmission {
+    /// A session that has been negotiated; `input` is what came behind the handshake.
+    pub(super) fn new(
+        socket: Socket,
+        session: Session,
+        name: String,
+        export: Arc<dyn Export>,
+        input: BytesMut,
+        share: Share,
+        max_requests: usize,
+    ) -> Transmission {
+        Transmission {
+            peer: socket.peer(),
+            name,
+            socket,
+            session,
+            export,
+            max_requests,
+            share,
+            input,
+            intake: Intake::Header,
+            input_step_bytes: INPUT_BYTES,
+            spare_payload: BytesMut::new(),
+            reads: FuturesUnordered::new(),
+            changes: FuturesUnordered::new(),
+            output: Output::default(),
+            output_blocked: false,
+            owed: VecDeque::new(),
+            end: None,
+        }
+    }
+
+    /// Serves until the client or `stop` ends it, then answers what is in flight and closes.
+    ///
+    /// "On a server shutdown, the server SHOULD wait for inflight requests to be serviced prior to initiating a hard
+    /// disconnect." Requests that were not read from the socket yet are not answered with NBD_ESHUTDOWN: the guest would
+    /// see an I/O error, where a client that reconnects just sends them again.
+    pub(super) async fn run(mut self, stop: tokio_util::sync::CancellationToken) {
+        tracing::debug!(peer = %self.peer, export = %self.name, style = ?self.session.style, "nbd client connected");
+        let running = tokio::select! {
+            biased;
+            () = std::future::poll_fn(|cx| self.poll(cx)) => false,
+            () = stop.cancelled() => true,
+        };
+        if running {
+            self.finish(End::Shutdown);
+            std::future::poll_fn(|cx| self.poll(cx)).await;
+        }
+        match &self.end {
+            Some(End::Fault(fault)) => {
+                tracing::warn!(peer = %self.peer, export = %self.name, "nbd client dropped: {fault}");
+            }
+            end => tracing::debug!(peer = %self.peer, export = %self.name, ?end, "nbd client left"),
+        }
+        if !matches!(self.end, Some(End::Broken(_))) {
+            self.socket.close(LINGER).await;
+        }
+    }
+
+    /// Moves what can be moved. Ready when no more requests are taken and all have been answered.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            let finished = self.poll_finished(cx);
+            let sent = self.poll_output(cx);
+            let taken = self.poll_input(cx);
+            let busy = !self.reads.is_empty() || !self.changes.is_empty() || self.output.waiting_bytes() > 0;
+            if self.end.is_some() && !busy {
+                return Poll::Ready(());
+            }
+            if !(finished || sent || taken) {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Takes no more requests; what was read of an unfinished one is forgotten.
+    fn finish(&mut self, end: End) {
+        if self.end.is_none() {
+            self.end = Some(end);
+        }
+        self.intake = Intake::Header;
+        self.input = BytesMut::new();
+    }
+
+    /// The client has gone: nobody waits for data any more. What changes the export is still finished, but not told.
+    fn give_up(&mut self, error: &std::io::Error) {
+        self.finish(End::Broken(error.kind()));
+        self.end = Some(End::Broken(error.kind()));
+        self.reads.clear();
+        self.output.discard();
+        self.settle();
+    }
+
+    // Replies.
+
+    /// Turns requests that have been run into replies.
+    fn poll_finished(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut moved = false;
+        // Replies are made only as fast as they are taken: until then, futures hold their results.
+        while self.output.waiting_bytes() < OUTPUT_HIGH_BYTES {
+            let finished = match self.reads.poll_next_unpin(cx) {
+                Poll::Ready(Some(finished)) => finished,
+                _ => match self.changes.poll_next_unpin(cx) {
+                    Poll::Ready(Some(finished)) => finished,
+                    _ => break,
+                },
+            };
+            moved = true;
+            self.reply(finished);
+        }
+        moved
+    }
+
+    fn reply(&mut self, Finished { request, taken_bytes, outcome }: Finished) {
+        if !matches!(self.end, Some(End::Broken(_))) {
+            let tag = request.tag;
+            match outcome {
+                Outcome::Done(Ok(())) => self.output.put(self.session.style.done(tag).as_slice()),
+                Outcome::Data(Ok(data)) => self.reply_data(request, &data),
+                Outcome::Status(Ok(contexts)) => match self.session.style.status(tag, &contexts) {
+                    Some(reply) => self.output.put(&reply),
+                    None => self.reply_error(tag, NbdErrno::Inval, "no metadata context was selected"),
+                },
+                Outcome::Done(Err(errno)) | Outcome::Data(Err(errno)) | Outcome::Status(Err(errno)) => {
+                    self.reply_failure(request, errno);
+                }
+            }
+        }
+        self.owed.push_back((self.output.queued_bytes(), taken_bytes));
+        self.settle();
+    }
+
+    fn reply_data(&mut self, request: Request, data: &ReadData) {
+        let Command::Read { offset, len_bytes, dont_fragment } = request.command else { return };
+        if data.len_bytes() != u64::from(len_bytes) {
+            tracing::error!(
+                export = %self.name, offset, len_bytes, got = data.len_bytes(),
+                "an export returned another number of bytes than it was asked for; the read fails"
+            );
+            return self.reply_error(request.tag, NbdErrno::Io, "the server read the wrong number of bytes");
+        }
+        if !dont_fragment
+            && data.pieces().iter().all(|piece| is_zero(piece))
+            && let Some(hole) = self.session.style.hole(request.tag, offset, len_bytes)
+        {
+            return self.output.put(hole.as_slice());
+        }
+        self.output.put(self.session.style.data(request.tag, offset, len_bytes).as_slice());
+        for piece in data.pieces() {
+            self.output.put_shared(piece);
+        }
+    }
+
+    fn reply_failure(&mut self, request: Request, errno: NbdErrno) {
+        let errno = request.command.error_to_send(errno);
+        self.reply_error(request.tag, errno, &errno.to_string());
+    }
+
+    fn reply_error(&mut self, tag: Tag, errno: NbdErrno, message: &str) {
+        self.output.put(&self.session.style.error(tag, errno, message));
+    }
+
+    fn poll_output(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut moved = false;
+        self.output_blocked = false;
+        while self.output.waiting_bytes() > 0 {
+            let mut slices = [IoSlice::new(&[]); MAX_SLICES];
+            let count = self.output.slices(&mut slices);
+            match self.socket.poll_write(cx, &slices[..count]) {
+                Poll::Pending => {
+                    self.output_blocked = true;
+                    break;
+                }
+                Poll::Ready(Ok(0)) => {
+                    self.give_up(&std::io::ErrorKind::WriteZero.into());
+                    return true;
+                }
+                Poll::Ready(Ok(len)) => {
+                    self.output.sent(len);
+                    moved = true;
+                }
+                Poll::Ready(Err(error)) => {
+                    self.give_up(&error);
+                    return true;
+                }
+            }
+        }
+        if moved {
+            self.settle();
+        }
+        moved
+    }
+
+    /// Gives back what requests took whose replies have been sent.
+    fn settle(&mut self) {
+        while let Some(&(position, bytes)) = self.owed.front() {
+            if position > self.output.sent_bytes() {
+                break;
+            }
+            self.owed.pop_front();
+            self.share.give_back(bytes);
+        }
+    }
+
+    // Requests.
+
+    /// Takes requests until the input is used up, replies should be sent first, or something has to be waited for.
+    fn poll_input(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut moved = false;
+        while self.end.is_none() {
+            if matches!(self.intake, Intake::Header) {
+                let running = self.reads.len() + self.changes.len();
+                // Whatever makes room here wakes this task: it is polled for in `poll_finished` and `poll_output`.
+                if running >= self.max_requests || self.output.waiting_bytes() >= OUTPUT_HIGH_BYTES {
+                    return moved;
+                }
+                if self.output.waiting_bytes() >= FLUSH_BYTES && !self.output_blocked {
+                    return true;
+                }
+            }
+            match self.poll_step(cx) {
+                Poll::Ready(true) => moved = true,
+                // More input is needed: first send what there is.
+                Poll::Ready(false) if self.output.waiting_bytes() > 0 && !self.output_blocked => return true,
+                Poll::Ready(false) => match self.poll_fill(cx) {
+                    Poll::Ready(()) => moved = true,
+                    Poll::Pending => return moved,
+                },
+                Poll::Pending => return moved,
+            }
+        }
+        moved
+    }
+
+    /// One step with the input at hand; `false` when that is too little.
+    fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        match &mut self.intake {
+            Intake::Header => match self.session.parse(&self.input) {
+                Parsed::Incomplete => return Poll::Ready(false),
+                Parsed::Fault(fault) => self.finish(End::Fault(fault)),
+                Parsed::Bad(bad) => {
+                    self.input.advance(self.session.header_bytes());
+                    self.intake = Intake::Skip { left_bytes: bad.skip_bytes, bad };
+                }
+                Parsed::Request(request) => {
+                    self.input.advance(self.session.header_bytes());
+                    self.begin(request);
+                }
+            },
+            Intake::Skip { left_bytes, bad } => {
+                let dropped = (self.input.len() as u64).min(*left_bytes);
+                self.input.advance(dropped as usize);
+                *left_bytes -= dropped;
+                if *left_bytes > 0 {
+                    return Poll::Ready(false);
+                }
+                let bad = *bad;
+                self.intake = Intake::Header;
+                self.reply_error(bad.tag, bad.errno, bad.reason);
+            }
+            Intake::Budget(request) => {
+                let request = *request;
+                ready!(self.share.poll_take(cost_bytes(&request.command), cx));
+                self.admitted(request);
+            }
+            Intake::Small(request) => {
+                let request = *request;
+                if self.input.len() < request.command.payload_bytes() as usize {
+                    return Poll::Ready(false);
+                }
+                self.small_payload(request);
+            }
+            Intake::Large { payload, request } => {
+                let wanted = request.command.payload_bytes() as usize;
+                if payload.len() < wanted {
+                    return Poll::Ready(false);
+                }
+                let (request, payload) = (*request, std::mem::take(payload));
+                self.intake = Intake::Header;
+                let large = wanted > SMALL_PAYLOAD_BYTES;
+                self.input_step_bytes = if large { INPUT_AFTER_LARGE_BYTES } else { INPUT_BYTES };
+                self.run_write(request, payload);
+            }
+        }
+        Poll::Ready(true)
+    }
+
+    /// Reads more, to where it is needed.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let read = match &mut self.intake {
+            Intake::Large { request, payload } => {
+                let missing = request.command.payload_bytes() as usize - payload.len();
+                ready!(self.socket.poll_read(cx, payload, missing))
+            }
+            _ => {
+                let step = self.input_step_bytes;
+                self.input.reserve(step);
+                ready!(self.socket.poll_read(cx, &mut self.input, step))
+            }
+        };
+        match read {
+            Ok(0) if self.socket.is_abandoned(cx) => self.give_up(&std::io::ErrorKind::BrokenPipe.into()),
+            Ok(0) => self.finish(End::Closed),
+            Ok(_) => {}
+            Err(error) => self.give_up(&error),
+        }
+        Poll::Ready(())
+    }
+
+    /// A request has been parsed, its header taken from the input.
+    fn begin(&mut self, request: Request) {
+        match request.command {
+            // "The server MUST handle all outstanding requests, shut down the TLS session (if one is running), and close
+            // the TCP session. A client MUST NOT send anything to the server after sending an NBD_CMD_DISC command."
+            Command::Disconnect => self.finish(End::Disconnected),
+            Command::Read { offset, len_bytes, dont_fragment } => {
+                self.input_step_bytes = INPUT_BYTES;
+                if len_bytes as usize > SYNC_MAX_BYTES || !self.read_now(request.tag, offset, len_bytes, dont_fragment)
+                {
+                    self.admit(request);
+                }
+            }
+            Command::Write { len_bytes, .. } if len_bytes as usize > SMALL_PAYLOAD_BYTES => self.admit(request),
+            Command::Write { .. } | Command::BlockStatusOf { .. } => {
+                self.input_step_bytes = INPUT_BYTES;
+                self.intake = Intake::Small(request);
+            }
+            _ => {
+                self.input_step_bytes = INPUT_BYTES;
+                self.admit(request);
+            }
+        }
+    }
+
+    /// The export's fast path, straight into the page that will be sent.
+    fn read_now(&mut self, tag: Tag, offset: u64, len_bytes: u32, dont_fragment: bool) -> bool {
+        let style = self.session.style;
+        let (before, len) = (style.data_header_bytes(), len_bytes as usize);
+        let room = self.output.room(before + len);
+        match self.export.try_read_now(offset, &mut room[before..]) {
+            None => return false,
+            Some(Ok(())) => {
+                let hole = if dont_fragment || len < 512 || !is_zero(&room[before..]) {
+                    None
+                } else {
+                    style.hole(tag, offset, len_bytes)
+                };
+                let (header, with_data) = match hole {
+                    Some(hole) => (hole, 0),
+                    None => (style.data(tag, offset, len_bytes), len),
+                };
+                let header = header.as_slice();
+                room[..header.len()].copy_from_slice(header);
+                self.output.commit(header.len() + with_data);
+            }
+            Some(Err(errno)) => {
+                let command = Command::Read { offset, len_bytes, dont_fragment };
+                self.reply_failure(Request { tag, command }, errno);
+            }
+        }
+        true
+    }
+
+    /// Lets a request begin as soon as the budget allows.
+    fn admit(&mut self, request: Request) {
+        if self.share.try_take(cost_bytes(&request.command)) {
+            self.admitted(request);
+        } else {
+            self.intake = Intake::Budget(request);
+        }
+    }
+
+    fn admitted(&mut self, request: Request) {
+        self.intake = Intake::Header;
+        match request.command {
+            Command::Write { len_bytes, .. } => {
+                let len = len_bytes as usize;
+                // Only now, with its share taken, is there a buffer; and the system gives it memory as it is filled.
+                let mut payload = std::mem::take(&mut self.spare_payload);
+                payload.reserve(len);
+                let there = self.input.len().min(len);
+                payload.extend_from_slice(&self.input[..there]);
+                self.input.advance(there);
+                self.intake = Intake::Large { request, payload };
+            }
+            _ => self.run_request(request, None),
+        }
+    }
+
+    /// The whole payload of a short write or of a status request is in the input.
+    fn small_payload(&mut self, request: Request) {
+        let len = request.command.payload_bytes() as usize;
+        match request.command {
+            Command::Write { offset, fua, .. } => {
+                if let Some(result) = self.export.try_write_now(offset, &self.input[..len], fua) {
+                    self.input.advance(len);
+                    self.intake = Intake::Header;
+                    self.written_now(request, result);
+                } else {
+                    self.admit(request);
+                }
+            }
+            Command::BlockStatusOf { offset, one, .. } => {
+                let parsed = parse_status_payload(&self.session, offset, &self.input[..len]);
+                self.input.advance(len);
+                self.intake = Intake::Header;
+                match parsed {
+                    Ok((len_bytes, contexts)) => {
+                        let command = Command::BlockStatus { offset, len_bytes, one };
+                        // Not worth waiting for: the reserve of a connection is larger than all it can hold of these.
+                        let taken_bytes =
+                            if self.share.try_take(SMALL_REQUEST_BYTES) { SMALL_REQUEST_BYTES } else { 0 };
+                        self.start(Request { tag: request.tag, command }, taken_bytes, None, Some(contexts));
+                    }
+                    Err((errno, reason)) => self.reply_error(request.tag, errno, reason),
+                }
+            }
+            _ => self.intake = Intake::Header,
+        }
+    }
+
+    fn written_now(&mut self, request: Request, result: Result<(), NbdErrno>) {
+        match result {
+            Ok(()) => self.output.put(self.session.style.done(request.tag).as_slice()),
+            Err(errno) => self.reply_failure(request, errno),
+        }
+    }
+
+    /// The payload of a write is complete, and its share taken.
+    fn run_write(&mut self, request: Request, mut payload: BytesMut) {
+        if let Command::Write { offset, fua, len_bytes } = request.command
+            && len_bytes as usize <= SYNC_MAX_BYTES
+            && let Some(result) = self.export.try_write_now(offset, &payload, fua)
+        {
+            self.share.give_back(cost_bytes(&request.command));
+            payload.clear();
+            self.spare_payload = payload;
+            return self.written_now(request, result);
+        }
+        self.run_request(request, Some(payload.freeze()));
+    }
+
+    fn run_request(&mut self, request: Request, payload: Option<Bytes>) {
+        self.start(request, cost_bytes(&request.command), payload, None);
+    }
+
+    fn start(
+        &mut self,
+        request: Request,
+        taken_bytes: u64,
+        payload: Option<Bytes>,
+        contexts: Option<Vec<ContextIndex>>,
+    ) {
+        let export = Arc::clone(&self.export);
+        let read_only =
+            matches!(request.command, Command::Read { .. } | Command::Cache { .. } | Command::BlockStatus { .. });
+        let query = matches!(request.command, Command::BlockStatus { .. }).then(|| StatusQuery {
+            contexts: contexts.unwrap_or_else(|| self.session.contexts.clone()),
+            size_bytes: self.session.size_bytes,
+            max_extent_bytes: self.session.style.max_extent_bytes(),
+        });
+        let running: BoxFuture<'static, Finished> = Box::pin(async move {
+            let outcome = execute(&*export, request.command, payload, query).await;
+            Finished { request, taken_bytes, outcome }
+        });
+        if read_only { self.reads.push(running) } else { self.changes.push(running) }
+    }
+}

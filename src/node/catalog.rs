@@ -1,0 +1,131 @@
+//! The source's end of ownership: who may have what, and the journal before every answer. Must not know connections.
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+
+use super::record::Ownership;
+use super::{Entry, Node};
+use crate::core::ids::Name;
+use crate::core::wire::Refusal;
+use crate::source::{Catalog, Refused, SourceVolume};
+
+impl Catalog for Node {
+    fn open(&self, peer: &Name, volume: &Name) -> Result<(Arc<SourceVolume>, u64), Refused> {
+        let entry = self.granted(peer, volume)?;
+        let record = entry.record.lock().clone();
+        match &record.state {
+            Ownership::Owned | Ownership::Arrived { .. } => {}
+            Ownership::Released { to, .. } if to == peer => {}
+            Ownership::Released { to, .. } => {
+                let why = format!("volume {volume} was handed over to {to}; relocate it from there");
+                return Err((Refusal::NotOwner, why));
+            }
+            Ownership::Arriving { from, .. } => {
+                let why = format!("volume {volume} is still arriving from {from}; wait until it is complete");
+                return Err((Refusal::Busy, why));
+            }
+        }
+        let source = entry.source.lock().clone();
+        let source = source.ok_or((Refusal::Busy, format!("volume {volume} is being prepared; try again")))?;
+        Ok((source, record.epoch))
+    }
+
+    fn take_over<'a>(&'a self, peer: &'a Name, volume: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
+        Box::pin(async move {
+            let entry = self.granted(peer, volume)?;
+            let _turn = entry.turn.lock().await;
+            let record = entry.record.lock().clone();
+            match &record.state {
+                // The answer was lost: it is the same again.
+                Ownership::Released { to, .. } if to == peer && record.epoch == epoch => return Ok(epoch),
+                Ownership::Owned | Ownership::Arrived { .. } if epoch == record.epoch + 1 => {}
+                Ownership::Owned | Ownership::Arrived { .. } => {
+                    let why = format!("volume {volume} is at epoch {}, {epoch} cannot follow it", record.epoch);
+                    return Err((Refusal::NotOwner, why));
+                }
+                Ownership::Released { to, .. } => {
+                    return Err((Refusal::NotOwner, format!("volume {volume} was handed over to {to}")));
+                }
+                Ownership::Arriving { .. } => {
+                    return Err((Refusal::Busy, format!("volume {volume} is still arriving")));
+                }
+            }
+            let source = entry.source.lock().clone();
+            let source = source.ok_or((Refusal::Busy, format!("volume {volume} is being prepared")))?;
+            let fenced = async {
+                entry.volume.fence().await.map_err(|error| error.to_string())?;
+                let sealed = tokio::task::spawn_blocking(move || source.manifest.seal()).await;
+                sealed.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+                let mut next = record.clone();
+                next.epoch = epoch;
+                next.state = Ownership::Released { to: peer.clone(), is_completed: false };
+                self.save(&entry, next).map_err(|error| error.to_string())
+            };
+            if let Err(why) = fenced.await {
+                entry.volume.unfence();
+                return Err((Refusal::Internal, why));
+            }
+            tracing::info!(%volume, %peer, epoch, "ownership has moved to the peer; writes are refused here from now on");
+            Ok(epoch)
+        })
+    }
+
+    fn completed<'a>(&'a self, peer: &'a Name, volume: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
+        Box::pin(async move {
+            let entry = self.granted(peer, volume)?;
+            let _turn = entry.turn.lock().await;
+            let mut record = entry.record.lock().clone();
+            match &mut record.state {
+                Ownership::Released { to, is_completed } if to == peer && record.epoch == epoch => *is_completed = true,
+                _ => return Err((Refusal::NotOwner, format!("volume {volume} is not on its way to {peer}"))),
+            }
+            self.save(&entry, record).map_err(|error| (Refusal::Internal, error.to_string()))?;
+            tracing::info!(%volume, %peer, "the peer has every block; the image here is not needed any more");
+            Ok(epoch)
+        })
+    }
+
+    fn give_back<'a>(&'a self, peer: &'a Name, volume: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
+        Box::pin(async move {
+            let entry = self.granted(peer, volume)?;
+            let _turn = entry.turn.lock().await;
+            let mut record = entry.record.lock().clone();
+            match &record.state {
+                Ownership::Owned if record.epoch == epoch + 1 => return Ok(record.epoch),
+                // Never taken, or given back already and never taken again.
+                Ownership::Owned if record.epoch < epoch => return Ok(record.epoch),
+                Ownership::Released { to, is_completed: false } if to == peer && record.epoch == epoch => {}
+                _ => return Err((Refusal::NotOwner, format!("volume {volume} is not on its way to {peer}"))),
+            }
+            record.epoch = epoch + 1;
+            record.generation += 1;
+            record.state = Ownership::Owned;
+            self.save(&entry, record).map_err(|error| (Refusal::Internal, error.to_string()))?;
+            self.renew_source(&entry).map_err(|error| (Refusal::Internal, error.to_string()))?;
+            entry.volume.unfence();
+            tracing::info!(%volume, %peer, "the peer gave the volume back; it may be written here again");
+            Ok(epoch + 1)
+        })
+    }
+}
+
+impl Node {
+    /// A peer cannot tell a volume that it was not granted from one that does not exist.
+    fn granted(&self, peer: &Name, volume: &Name) -> Result<Arc<Entry>, Refused> {
+        let is_granted = self.config.peer(peer).is_some_and(|peer| peer.volumes.includes(volume));
+        match self.entry(volume) {
+            Some(entry) if is_granted => Ok(entry),
+            found => {
+                if found.is_some() {
+                    tracing::warn!(%volume, %peer, "a peer asked for a volume that it was not granted; see `volumes` of its [[peers]] entry");
+                }
+                let why = format!(
+                    "there is no volume {volume} for this peer: check the name, and `volumes` in the [[peers]] entry at {}",
+                    self.config.site.name
+                );
+                Err((Refusal::UnknownVolume, why))
+            }
+        }
+    }
+}

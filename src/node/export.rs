@@ -1,0 +1,147 @@
+//! Volumes as NBD exports: the one place where a volume's errors become NBD's. Must not know relocation.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use bytes::Bytes;
+
+use crate::nbd::{BoxFuture, ContextIndex, Export, Exports, Extent, NbdErrno, OpenError, ReadData, ZeroFlags};
+use crate::volume::{Volume, VolumeError};
+
+/// Finds volumes by the name that a client asks for.
+pub trait Served: Send + Sync + 'static {
+    /// Names of all volumes that can be served.
+    fn names(&self) -> Vec<String>;
+    /// The volume of that name and the counter of its clients, or why it cannot be served now.
+    fn find(&self, name: &str) -> Option<Result<(Arc<Volume>, Arc<AtomicU32>), String>>;
+}
+
+/// A site's volumes, as the NBD server sees them.
+pub struct VolumeExports(pub Arc<dyn Served>);
+
+impl Exports for VolumeExports {
+    fn names(&self) -> Vec<String> {
+        self.0.names()
+    }
+
+    fn open(&self, name: &str) -> Result<Arc<dyn Export>, OpenError> {
+        match self.0.find(name) {
+            None => Err(OpenError::Unknown),
+            Some(Err(why)) => Err(OpenError::NotNow(why)),
+            Some(Ok((volume, clients))) => {
+                clients.fetch_add(1, Ordering::Relaxed);
+                Ok(Arc::new(VolumeExport { volume, clients }))
+            }
+        }
+    }
+
+    fn default_export(&self) -> Option<String> {
+        let mut names = self.0.names();
+        if names.len() == 1 { names.pop() } else { None }
+    }
+}
+
+struct VolumeExport {
+    volume: Arc<Volume>,
+    clients: Arc<AtomicU32>,
+}
+
+impl Drop for VolumeExport {
+    fn drop(&mut self) {
+        self.clients.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Export for VolumeExport {
+    fn size_bytes(&self) -> u64 {
+        self.volume.geometry().size_bytes
+    }
+
+    fn is_read_only(&self) -> bool {
+        !self.volume.image().is_writable()
+    }
+
+    fn description(&self) -> String {
+        format!("blockferry volume {}", self.volume.name())
+    }
+
+    fn preferred_block_bytes(&self) -> u32 {
+        4096
+    }
+
+    fn read(&self, offset: u64, len_bytes: u32) -> BoxFuture<'_, Result<ReadData, NbdErrno>> {
+        Box::pin(async move {
+            let bytes = self.volume.read(offset, len_bytes).await.map_err(|error| self.errno("READ", offset, &error))?;
+            Ok(ReadData::One(bytes))
+        })
+    }
+
+    fn write(&self, offset: u64, data: Bytes, fua: bool) -> BoxFuture<'_, Result<(), NbdErrno>> {
+        Box::pin(async move {
+            self.volume.write(offset, data, fua).await.map_err(|error| self.errno("WRITE", offset, &error))
+        })
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<(), NbdErrno>> {
+        Box::pin(async move { self.volume.flush().await.map_err(|error| self.errno("FLUSH", 0, &error)) })
+    }
+
+    fn trim(&self, offset: u64, len_bytes: u64, fua: bool) -> BoxFuture<'_, Result<(), NbdErrno>> {
+        Box::pin(async move {
+            self.volume.trim(offset, len_bytes, fua).await.map_err(|error| self.errno("TRIM", offset, &error))
+        })
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len_bytes: u64,
+        flags: ZeroFlags,
+        fua: bool,
+    ) -> BoxFuture<'_, Result<(), NbdErrno>> {
+        Box::pin(async move {
+            let done = self.volume.write_zeroes(offset, len_bytes, flags.may_punch, fua).await;
+            done.map_err(|error| self.errno("WRITE_ZEROES", offset, &error))
+        })
+    }
+
+    fn cache(&self, offset: u64, len_bytes: u64) -> BoxFuture<'_, Result<(), NbdErrno>> {
+        Box::pin(async move {
+            self.volume.prefetch(offset, len_bytes);
+            Ok(())
+        })
+    }
+
+    fn extents(
+        &self,
+        _context: ContextIndex,
+        offset: u64,
+        len_bytes: u64,
+        max_extents: usize,
+    ) -> BoxFuture<'_, Result<Vec<Extent>, NbdErrno>> {
+        Box::pin(async move {
+            let found = self.volume.allocation(offset, len_bytes, max_extents).await;
+            let found = found.map_err(|error| self.errno("BLOCK_STATUS", offset, &error))?;
+            // "NBD_STATE_HOLE, bit 0 [...] NBD_STATE_ZERO, bit 1"
+            Ok(found.into_iter().map(|(len, is_hole)| Extent::new(len, if is_hole { 3 } else { 0 })).collect())
+        })
+    }
+
+    fn try_read_now(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), NbdErrno>> {
+        let done = self.volume.try_read_now(offset, buf)?;
+        Some(done.map_err(|error| self.errno("READ", offset, &error)))
+    }
+}
+
+impl VolumeExport {
+    fn errno(&self, command: &str, offset: u64, error: &VolumeError) -> NbdErrno {
+        let errno = match error {
+            VolumeError::NotOwner { .. } | VolumeError::ReadOnly { .. } => NbdErrno::Perm,
+            error if error.is_no_space() => NbdErrno::NoSpc,
+            VolumeError::ShuttingDown => NbdErrno::Shutdown,
+            _ => NbdErrno::Io,
+        };
+        tracing::warn!(volume = %self.volume.name(), command, offset, %error, ?errno, "a client's request failed");
+        errno
+    }
+}

@@ -1,0 +1,356 @@
+//! A site's daemon: the one place where store, peers, volumes, NBD and the control socket are put together.
+//! The other modules must not know each other's logic; this one must not contain any of it but the order of start and stop.
+
+mod catalog;
+mod export;
+mod owned;
+mod prewarm;
+mod record;
+mod relocate;
+mod site;
+mod status;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use crate::config::{Config, HostPort};
+use crate::control::{ControlServer, Site};
+use crate::core::ids::Name;
+use crate::core::scheduler::Limits;
+use crate::fetch::{Fetch, PeerKey};
+use crate::nbd::{NbdLimits, NbdListen, NbdServer};
+use crate::source::{Hasher, SourceOptions, SourceVolume, serve_link};
+use crate::store::{RocksStore, State, StateDb, Store, StoreOptions};
+use crate::transport::{Endpoint, EndpointOptions, Identity, KeepConnected, PeerTarget, Trust, keep_connected};
+use crate::volume::Volume;
+use crate::workers::Workers;
+
+use export::{Served, VolumeExports};
+use record::{Ownership, Records, VolumeRecord};
+
+/// How long clients' requests and peers' connections may take to end at a shutdown.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
+
+/// Everything that a running site has.
+pub struct Node {
+    config: Config,
+    identity: Identity,
+    endpoint: Endpoint,
+    fetch: Fetch,
+    store: Arc<dyn Store>,
+    state: Arc<dyn State>,
+    records: Records,
+    /// Guests' file I/O, and the landing of fetched blocks.
+    disk_workers: Workers,
+    /// Hashing, compressing, decompressing and verifying.
+    cpu_workers: Workers,
+    hasher: Hasher,
+    volumes: Mutex<BTreeMap<Name, Arc<Entry>>>,
+    /// Names for which a relocation or an addition is under way.
+    reserved: Mutex<std::collections::BTreeSet<Name>>,
+    links: Mutex<HashMap<PeerKey, KeepConnected>>,
+    peer_views: Mutex<Vec<(PeerKey, crate::fetch::PeerView)>>,
+    prewarms: prewarm::Jobs,
+    next_job: AtomicU64,
+    began: Instant,
+    this: Weak<Node>,
+}
+
+/// A volume with what is journalled of it and what runs for it.
+pub(crate) struct Entry {
+    pub(crate) record: Mutex<VolumeRecord>,
+    pub(crate) volume: Arc<Volume>,
+    /// What peers fetch from; only for a volume all of which is here.
+    pub(crate) source: Mutex<Option<Arc<SourceVolume>>>,
+    pub(crate) clients: Arc<AtomicU32>,
+    /// Ends the tasks that run for the volume.
+    pub(crate) stop: watch::Sender<bool>,
+    /// What is wrong, for people.
+    pub(crate) trouble: Mutex<Option<String>>,
+    pub(crate) rate: status::RateMeter,
+    /// One change of ownership at a time.
+    pub(crate) turn: tokio::sync::Mutex<()>,
+}
+
+/// Runs a site until SIGTERM or SIGINT; prints one line `ready ...` on stdout when everything is served.
+pub fn run(config: Config) -> Result<()> {
+    raise_file_limit();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    runtime.block_on(async {
+        let (stop, stopped) = watch::channel(false);
+        tokio::spawn(async move {
+            wait_for_signal().await;
+            let _ = stop.send(true);
+        });
+        serve(config, stopped, |line| println!("{line}")).await
+    })
+}
+
+/// As [`run`], for a caller that has a runtime and its own way to stop. `ready` is called with the line to print.
+pub async fn serve(config: Config, mut stopped: watch::Receiver<bool>, ready: impl FnOnce(&str)) -> Result<()> {
+    // First of all: a second daemon on the same state is noticed here.
+    let control = ControlServer::bind(&config.control.socket)?;
+    let node = Node::start(config).await?;
+    let nbd = node.listen_nbd().await?;
+    let (stop_control, mut control_stopped) = watch::channel(false);
+    let site: Arc<dyn Site> = Arc::clone(&node) as Arc<dyn Site>;
+    let control_socket = control.socket_path().to_owned();
+    let control = tokio::spawn(control.serve(site, async move {
+        let _ = control_stopped.wait_for(|stop| *stop).await;
+    }));
+    let mut line = format!("ready site={} peer={} control={}", node.config.site.name, node.endpoint.local_addr()?, control_socket.display());
+    for addr in nbd.iter().flat_map(NbdServer::local_addrs) {
+        line.push_str(&format!(" nbd={addr}"));
+    }
+    ready(&line);
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::debug!(%error, "systemd was not told");
+    }
+    let accepting = tokio::spawn(node.clone().accept_peers());
+    let watching = tokio::spawn(node.clone().watch());
+    let _ = stopped.wait_for(|stop| *stop).await;
+    tracing::info!("stopping: clients are answered, volumes are flushed");
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    accepting.abort();
+    watching.abort();
+    if let Some(nbd) = nbd {
+        nbd.shutdown().await;
+    }
+    node.shut_down().await;
+    let _ = stop_control.send(true);
+    let _ = tokio::time::timeout(Duration::from_secs(5), control).await;
+    Ok(())
+}
+
+impl Node {
+    async fn start(config: Config) -> Result<Arc<Node>> {
+        let state_dir = &config.site.state_dir;
+        let identity = Identity::load(state_dir)?;
+        let state: Arc<dyn State> = Arc::new(StateDb::open(&state_dir.join("state"))?);
+        let options = StoreOptions { capacity_bytes: config.store.capacity.bytes(), ..StoreOptions::default() };
+        let store: Arc<dyn Store> = Arc::new(RocksStore::open(&state_dir.join("store"), options)?);
+        let trust = Trust::new(config.peers.iter().map(|peer| (peer.fingerprint, peer.name.clone())));
+        let endpoint = Endpoint::bind(
+            &config.peer.listen.to_string(),
+            identity.clone(),
+            Arc::new(trust),
+            EndpointOptions { idle_timeout: config.peer.idle_timeout, ..EndpointOptions::default() },
+        )
+        .await?;
+        let limits = Limits { bulk_min_share: config.bulk.min_share.get(), ..Limits::default() };
+        let fetch = Fetch::start(limits, Arc::clone(&store)).context("starting the store's threads")?;
+        fetch.limit_site(config.bulk.rate.as_bytes_per_s());
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        let disk_workers = Workers::start("disk", 4, 2).context("starting the disk's threads")?;
+        let cpu_workers = Workers::start("cpu", cores.min(4), cores).context("starting the worker threads")?;
+        let hasher = Hasher::start().context("starting the hasher")?;
+        let node = Arc::new_cyclic(|this| Node {
+            records: Records::new(Arc::clone(&state)),
+            disk_workers,
+            cpu_workers,
+            hasher,
+            volumes: Mutex::default(),
+            reserved: Mutex::default(),
+            links: Mutex::default(),
+            peer_views: Mutex::default(),
+            prewarms: prewarm::Jobs::default(),
+            next_job: AtomicU64::new(1),
+            began: Instant::now(),
+            config,
+            identity,
+            endpoint,
+            fetch,
+            store,
+            state,
+            this: this.clone(),
+        });
+        for record in node.records.load()? {
+            let name = record.name.clone();
+            // One volume whose disk is missing must not keep the others from being served; what is journalled of it stays.
+            if let Err(error) = node.restore(record).await {
+                tracing::error!(volume = %name, error = format!("{error:#}"), "a volume cannot be served");
+                anyhow::bail!("volume {name} cannot be served: {error:#}");
+            }
+        }
+        Ok(node)
+    }
+
+    async fn listen_nbd(self: &Arc<Self>) -> Result<Option<NbdServer>> {
+        if self.config.nbd.listen.is_empty() {
+            return Ok(None);
+        }
+        let listeners: Vec<NbdListen> = self
+            .config
+            .nbd
+            .listen
+            .iter()
+            .map(|listen| match listen {
+                crate::config::NbdListen::Unix(path) => NbdListen::Unix(path.clone()),
+                crate::config::NbdListen::Tcp(address) => NbdListen::Tcp(address.to_string()),
+            })
+            .collect();
+        let exports = Arc::new(VolumeExports(Arc::clone(self) as Arc<dyn Served>));
+        let limits = NbdLimits { shutdown_grace: SHUTDOWN_GRACE / 2, ..NbdLimits::default() };
+        Ok(Some(NbdServer::listen(&listeners, exports, limits).await?))
+    }
+
+    async fn accept_peers(self: Arc<Self>) {
+        let options = SourceOptions {
+            site: self.config.site.name.clone(),
+            zstd_level: match self.config.store.compression {
+                crate::config::Compression::Auto => None,
+                crate::config::Compression::Level(level) => Some(i32::from(level)),
+            },
+        };
+        while let Some(new) = self.endpoint.accept().await {
+            let catalog = Arc::clone(&self) as Arc<dyn crate::source::Catalog>;
+            tokio::spawn(serve_link(
+                new,
+                catalog,
+                self.hasher.clone(),
+                self.cpu_workers.clone(),
+                options.clone(),
+            ));
+        }
+    }
+
+    /// Dials a peer from now on, if it has an address and is not dialled already.
+    fn ensure_dialled(self: &Arc<Self>, name: &Name) -> Option<PeerKey> {
+        let at = self.config.peers.iter().position(|peer| peer.name == *name)?;
+        let key = PeerKey(at as u32);
+        let peer = &self.config.peers[at];
+        let address: &HostPort = peer.address.as_ref()?;
+        let mut links = self.links.lock();
+        if let std::collections::hash_map::Entry::Vacant(place) = links.entry(key) {
+            let target = PeerTarget {
+                name: peer.name.clone(),
+                address: address.to_string(),
+                fingerprint: peer.fingerprint,
+            };
+            let (new_links, keeper) = keep_connected(self.endpoint.clone(), target);
+            let site = self.config.site.name.clone();
+            self.fetch.add_peer(key, peer.name.clone(), site, new_links, self.cpu_workers.clone());
+            place.insert(keeper);
+        }
+        Some(key)
+    }
+
+    fn entry(&self, name: &Name) -> Option<Arc<Entry>> {
+        self.volumes.lock().get(name).cloned()
+    }
+
+    fn default_image(&self, name: &Name) -> PathBuf {
+        self.config.site.state_dir.join("volumes").join(format!("{name}.raw"))
+    }
+
+    /// Keeps rates and peers' views fresh for whoever asks.
+    async fn watch(self: Arc<Self>) {
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            tick.tick().await;
+            let views = self.fetch.peers().await;
+            *self.peer_views.lock() = views;
+            let entries: Vec<Arc<Entry>> = self.volumes.lock().values().cloned().collect();
+            for entry in entries {
+                entry.rate.observe(&entry.volume.snapshot(), entry.volume.geometry());
+            }
+        }
+    }
+
+    async fn shut_down(&self) {
+        let entries: Vec<Arc<Entry>> = self.volumes.lock().values().cloned().collect();
+        for entry in &entries {
+            let _ = entry.stop.send(true);
+        }
+        for entry in &entries {
+            if let Err(error) = entry.volume.flush().await {
+                tracing::error!(volume = %entry.volume.name(), %error, "the last flush failed");
+            }
+            let source = entry.source.lock().clone();
+            if let Some(source) = source
+                && let Err(error) = source.manifest.seal()
+            {
+                tracing::warn!(volume = %entry.volume.name(), %error, "the image will be hashed again after the restart");
+            }
+        }
+        self.endpoint.close("the site is shutting down");
+        let _ = tokio::time::timeout(Duration::from_secs(2), self.endpoint.wait_idle()).await;
+        if let Err(error) = self.store.flush() {
+            tracing::warn!(%error, "the store could not be flushed: what it held in memory will be fetched again");
+        }
+        if let Err(error) = self.state.sync() {
+            tracing::error!(%error, "the state database could not be synced");
+        }
+    }
+}
+
+impl Served for Node {
+    fn names(&self) -> Vec<String> {
+        self.volumes.lock().keys().map(Name::to_string).collect()
+    }
+
+    fn find(&self, name: &str) -> Option<Result<(Arc<Volume>, Arc<AtomicU32>), String>> {
+        let entry = self.entry(&name.parse().ok()?)?;
+        let state = entry.record.lock().state.clone();
+        match state {
+            Ownership::Arriving { is_taken: false, from, .. } => {
+                Some(Err(format!("{from} has not handed it over yet")))
+            }
+            Ownership::Arriving { is_given_back: true, from, .. } => Some(Err(format!("it is being given back to {from}"))),
+            _ => Some(Ok((Arc::clone(&entry.volume), Arc::clone(&entry.clients)))),
+        }
+    }
+}
+
+impl Entry {
+    fn new(record: VolumeRecord, volume: Arc<Volume>) -> Arc<Entry> {
+        Arc::new(Entry {
+            record: Mutex::new(record),
+            volume,
+            source: Mutex::new(None),
+            clients: Arc::default(),
+            stop: watch::channel(false).0,
+            trouble: Mutex::new(None),
+            rate: status::RateMeter::default(),
+            turn: tokio::sync::Mutex::new(()),
+        })
+    }
+
+    fn clients(&self) -> u32 {
+        self.clients.load(Ordering::Relaxed)
+    }
+}
+
+async fn wait_for_signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (terminate, interrupt) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    match (terminate, interrupt) {
+        (Ok(mut terminate), Ok(mut interrupt)) => {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        }
+        _ => std::future::pending().await,
+    }
+}
+
+/// RocksDB, sockets and images all want descriptors; the soft limit of many systems is 1,024.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let wanted = hard.min(65_536);
+        if soft < wanted
+            && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, wanted, hard)
+        {
+            tracing::warn!(%error, "the limit of open files could not be raised");
+        }
+    }
+}

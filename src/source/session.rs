@@ -1,0 +1,412 @@
+//! One peer that fetches from this site: its requests, its queue, and the two pumps that answer it.
+//! Must not know what a peer does with its blocks.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::queue::{Item, Promoted, SendQueue};
+use super::{Catalog, Hasher, SourceVolume};
+use crate::core::frame::Frame;
+use crate::core::ids::{BlockId, Class, Name};
+use crate::core::manifest::PageIndex;
+use crate::core::wire::{Control, Data, Refusal, VERSIONS, choose_version};
+use crate::transport::{DataTicket, Link, LinkReceivers, NewLink};
+use crate::workers::{Urgency, Workers};
+
+/// How long a new peer may take to say Hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Blocks that are read and compressed at a time for one peer, per pump. Enough to keep the threads busy.
+const URGENT_AT_A_TIME: usize = 16;
+const BULK_AT_A_TIME: usize = 8;
+/// Volumes that one peer may have opened on one connection.
+const MAX_HANDLES: usize = 4096;
+/// The most page states in one answer: 264 KiB.
+const MAX_ROOTS: u64 = 8192;
+/// Pages of one peer that wait to be hashed. A page is 1,024 blocks; more would only queue.
+const MAX_OPEN_PAGES: usize = 256;
+/// Sent messages whose tickets are kept for a late promotion.
+const MAX_TICKETS: usize = 2048;
+/// zstd levels for bulk, the cheapest first: as high as still keeps ahead of the link.
+const LEVELS: [i32; 4] = [1, 3, 6, 9];
+/// What a guest waits for is compressed quickly.
+const DEMAND_LEVEL: i32 = 3;
+
+/// What the configuration says.
+#[derive(Clone, Debug)]
+pub struct SourceOptions {
+    /// This site's name.
+    pub site: Name,
+    /// A fixed zstd level; None adapts to the link.
+    pub zstd_level: Option<i32>,
+}
+
+struct Session {
+    link: Arc<dyn Link>,
+    hasher: Hasher,
+    workers: Workers,
+    options: SourceOptions,
+    handles: Mutex<HashMap<u32, Arc<SourceVolume>>>,
+    queue: Mutex<SendQueue>,
+    tickets: Mutex<Tickets>,
+    urgent: Notify,
+    bulk: Notify,
+    promoted: Notify,
+    next_handle: AtomicU32,
+    open_pages: AtomicUsize,
+    bulk_level: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Tickets {
+    by_flight: HashMap<u64, DataTicket>,
+    order: VecDeque<u64>,
+}
+
+/// Serves one connection until it ends. The reason is logged; nothing of the peer's outlives it.
+pub async fn serve_link(
+    new: NewLink,
+    catalog: Arc<dyn Catalog>,
+    hasher: Hasher,
+    workers: Workers,
+    options: SourceOptions,
+) {
+    let NewLink { link, mut receivers } = new;
+    let peer = link.peer().clone();
+    match welcome(&link, &mut receivers, &options.site).await {
+        Ok(version) => tracing::info!(%peer, version, "a peer is connected and may fetch from here"),
+        Err(why) => {
+            tracing::warn!(%peer, why, "a peer was turned away");
+            link.close(&why);
+            return;
+        }
+    }
+    let session = Arc::new(Session {
+        link: Arc::clone(&link),
+        hasher,
+        workers,
+        options,
+        handles: Mutex::default(),
+        queue: Mutex::default(),
+        tickets: Mutex::default(),
+        urgent: Notify::new(),
+        bulk: Notify::new(),
+        promoted: Notify::new(),
+        next_handle: AtomicU32::new(1),
+        open_pages: AtomicUsize::new(0),
+        bulk_level: AtomicUsize::new(1),
+    });
+    let end = tokio::select! {
+        end = requests(&session, &catalog, &mut receivers) => end,
+        () = pump(&session, &[Class::Demand, Class::Readahead], URGENT_AT_A_TIME, &session.urgent) => String::new(),
+        () = pump(&session, &[Class::Bulk], BULK_AT_A_TIME, &session.bulk) => String::new(),
+        error = link.closed() => error.to_string(),
+    };
+    link.close(&end);
+    tracing::info!(%peer, reason = %end, "a peer that fetched from here is gone");
+}
+
+async fn welcome(link: &Arc<dyn Link>, receivers: &mut LinkReceivers, site: &Name) -> Result<u16, String> {
+    let first = tokio::time::timeout(HELLO_TIMEOUT, receivers.control.recv()).await;
+    let first = first.map_err(|_| "it said nothing for 10 seconds".to_owned())?.ok_or("it hung up")?;
+    let (min, max) = match Control::decode(first) {
+        Ok(Control::Hello { min_version, max_version, .. }) => (min_version, max_version),
+        Ok(_) => return Err("its first frame was no Hello".into()),
+        Err(error) => return Err(format!("its first frame made no sense: {error}")),
+    };
+    let Some(version) = choose_version(min, max) else {
+        let why = format!(
+            "this site speaks protocol versions {} to {}, the peer {min} to {max}; update the older one",
+            VERSIONS.start(),
+            VERSIONS.end()
+        );
+        let refusal = Control::Unwelcome { refusal: Refusal::Version, why: why.clone() };
+        let _ = link.send_control(refusal.encode()).await;
+        // Let the answer arrive before the connection is closed under it.
+        let _ = tokio::time::timeout(Duration::from_secs(2), link.closed()).await;
+        return Err(why);
+    };
+    let welcome = Control::Welcome { version, site: site.clone() };
+    link.send_control(welcome.encode()).await.map_err(|error| error.to_string())?;
+    Ok(version)
+}
+
+/// Handles requests until the peer hangs up or misbehaves; returns why.
+async fn requests(session: &Arc<Session>, catalog: &Arc<dyn Catalog>, receivers: &mut LinkReceivers) -> String {
+    let peer = session.link.peer().clone();
+    while let Some(frame) = receivers.control.recv().await {
+        let frame = match Control::decode(frame) {
+            Ok(frame) => frame,
+            Err(error) => return error.to_string(),
+        };
+        let answer = match frame {
+            Control::Wants(wants) => {
+                let mut queue = session.queue.lock();
+                for want in wants {
+                    if let Err(error) = queue.push(want) {
+                        return error.to_string();
+                    }
+                }
+                session.urgent.notify_one();
+                session.bulk.notify_one();
+                continue;
+            }
+            Control::Promote { flight, class } => {
+                session.promote(flight, class);
+                continue;
+            }
+            Control::Forget { flight } => {
+                session.queue.lock().forget(flight);
+                continue;
+            }
+            Control::Page { flight, handle, page } => {
+                if session.open_pages.fetch_add(1, Ordering::Relaxed) >= MAX_OPEN_PAGES {
+                    return format!("more than {MAX_OPEN_PAGES} pages wanted at a time");
+                }
+                let session = Arc::clone(session);
+                tokio::spawn(async move {
+                    session.send_page(flight, handle, page).await;
+                    session.open_pages.fetch_sub(1, Ordering::Relaxed);
+                });
+                continue;
+            }
+            Control::Roots { flight, handle, first, count } => {
+                let volume = session.handles.lock().get(&handle).cloned();
+                let message = match volume {
+                    Some(volume) => {
+                        let entries = volume.manifest.roots(first, u64::from(count).min(MAX_ROOTS));
+                        Data::Roots { flight, first, entries }
+                    }
+                    None => failed(flight, Refusal::BadRequest, "that volume is not open".into()),
+                };
+                if session.link.send_data(Class::Readahead, message.encode()).await.is_err() {
+                    return "the connection is lost".into();
+                }
+                continue;
+            }
+            Control::Open { request, volume } => match catalog.open(&peer, &volume) {
+                Ok((volume, epoch)) => session.open(request, &volume, epoch),
+                Err((refusal, why)) => Control::Refused { request, refusal, why },
+            },
+            Control::TakeOver { request, handle, epoch } => match session.name_of(handle) {
+                Some(volume) => answer(request, catalog.take_over(&peer, &volume, epoch).await),
+                None => not_open(request),
+            },
+            Control::Completed { request, handle, epoch } => match session.name_of(handle) {
+                Some(volume) => answer(request, catalog.completed(&peer, &volume, epoch).await),
+                None => not_open(request),
+            },
+            Control::GiveBack { request, handle, epoch } => match session.name_of(handle) {
+                Some(volume) => answer(request, catalog.give_back(&peer, &volume, epoch).await),
+                None => not_open(request),
+            },
+            Control::Hello { .. }
+            | Control::Welcome { .. }
+            | Control::Unwelcome { .. }
+            | Control::Opened { .. }
+            | Control::Done { .. }
+            | Control::Refused { .. } => return "it sent a frame that only a source sends".into(),
+        };
+        if let Err(error) = session.link.send_control(answer.encode()).await {
+            return error.to_string();
+        }
+    }
+    "the peer hung up".into()
+}
+
+fn answer(request: u32, done: Result<u64, super::Refused>) -> Control {
+    match done {
+        Ok(epoch) => Control::Done { request, epoch },
+        Err((refusal, why)) => Control::Refused { request, refusal, why },
+    }
+}
+
+fn not_open(request: u32) -> Control {
+    Control::Refused { request, refusal: Refusal::BadRequest, why: "that volume is not open".into() }
+}
+
+fn failed(flight: u64, refusal: Refusal, why: String) -> Data {
+    Data::Failed { flight, refusal, why }
+}
+
+/// Keeps a few items of its classes under way, always the most urgent ones.
+async fn pump(session: &Arc<Session>, classes: &[Class], at_a_time: usize, news: &Notify) {
+    let mut under_way = FuturesUnordered::new();
+    let mut waited = Duration::ZERO;
+    let mut judged_at = Instant::now();
+    loop {
+        while under_way.len() < at_a_time {
+            let Some((item, class)) = session.queue.lock().pop(classes) else { break };
+            under_way.push(session.serve(item, class));
+        }
+        tokio::select! {
+            () = news.notified() => {}
+            Some(wait) = under_way.next(), if !under_way.is_empty() => waited += wait,
+        }
+        if classes == [Class::Bulk] && judged_at.elapsed() > Duration::from_millis(500) {
+            session.judge_level(waited, judged_at.elapsed(), under_way.len());
+            waited = Duration::ZERO;
+            judged_at = Instant::now();
+        }
+    }
+}
+
+impl Session {
+    fn open(&self, request: u32, volume: &Arc<SourceVolume>, epoch: u64) -> Control {
+        let mut handles = self.handles.lock();
+        if handles.len() >= MAX_HANDLES {
+            let why = format!("more than {MAX_HANDLES} volumes opened on one connection");
+            return Control::Refused { request, refusal: Refusal::BadRequest, why };
+        }
+        let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        handles.insert(handle, Arc::clone(volume));
+        self.hasher.hash_in_background(volume);
+        Control::Opened { request, handle, geometry: volume.geometry, generation: volume.generation, epoch }
+    }
+
+    fn name_of(&self, handle: u32) -> Option<Name> {
+        self.handles.lock().get(&handle).map(|volume| volume.name.clone())
+    }
+
+    fn promote(&self, flight: u64, class: Class) {
+        let promoted = self.queue.lock().promote(flight, class);
+        match promoted {
+            Promoted::Requeued => self.urgent.notify_one(),
+            Promoted::UnderWay => self.promoted.notify_waiters(),
+            Promoted::Unknown => {
+                if let Some(ticket) = self.tickets.lock().by_flight.get(&flight) {
+                    ticket.promote(class);
+                }
+            }
+        }
+    }
+
+    /// Reads, compresses and hands over one block; returns how long the transport made it wait.
+    async fn serve(&self, item: Item, class: Class) -> Duration {
+        let volume = self.handles.lock().get(&item.handle).cloned();
+        let level = match class {
+            Class::Bulk => self.options.zstd_level.unwrap_or(LEVELS[self.bulk_level.load(Ordering::Relaxed)]),
+            _ => self.options.zstd_level.unwrap_or(DEMAND_LEVEL).min(DEMAND_LEVEL),
+        };
+        let message = match volume {
+            None => failed(item.flight, Refusal::BadRequest, "that volume is not open".into()),
+            Some(volume) => {
+                let urgency = if class == Class::Bulk { Urgency::Background } else { Urgency::Urgent };
+                let built = self.workers.run(urgency, move || build(&volume, item, level)).await;
+                built.unwrap_or_else(|| failed(item.flight, Refusal::Internal, "the source failed inside".into()))
+            }
+        };
+        let begun = Instant::now();
+        let ticket = self.hand_over(item.flight, class, message.encode()).await;
+        let waited = begun.elapsed();
+        let class_now = self.queue.lock().done(item.flight);
+        if let Some((ticket, sent_as)) = ticket {
+            if let Some(class_now) = class_now.filter(|now| now.is_more_urgent_than(sent_as)) {
+                ticket.promote(class_now);
+            }
+            self.tickets.lock().keep(item.flight, ticket);
+        }
+        waited
+    }
+
+    /// Hands a message to the transport, in the class that it has by then: bulk waits for room, and a promotion
+    /// ends that wait.
+    async fn hand_over(&self, flight: u64, class: Class, parts: Vec<Bytes>) -> Option<(DataTicket, Class)> {
+        if class == Class::Bulk {
+            let sent = self.link.send_data(Class::Bulk, parts.clone());
+            tokio::pin!(sent);
+            loop {
+                let promoted = self.promoted.notified();
+                tokio::pin!(promoted);
+                promoted.as_mut().enable();
+                if self.queue.lock().class_of(flight) != Some(Class::Bulk) {
+                    // Given up before it resolved, so nothing of it was sent.
+                    break;
+                }
+                tokio::select! {
+                    sent = &mut sent => return sent.ok().map(|ticket| (ticket, Class::Bulk)),
+                    () = promoted => {}
+                }
+            }
+        }
+        let class = self.queue.lock().class_of(flight).unwrap_or(class);
+        // An error means that the link is gone, which the session's end is told by others.
+        self.link.send_data(class, parts).await.ok().map(|ticket| (ticket, class))
+    }
+
+    async fn send_page(&self, flight: u64, handle: u32, page: PageIndex) {
+        let volume = self.handles.lock().get(&handle).cloned();
+        let message = match volume {
+            None => failed(flight, Refusal::BadRequest, "that volume is not open".into()),
+            Some(volume) if page.0 >= volume.geometry.pages() => {
+                failed(flight, Refusal::BadRequest, format!("there is no manifest page {}", page.0))
+            }
+            Some(volume) => match self.hasher.page(&volume, page).await {
+                Some(Ok(hashed)) => {
+                    Data::Page { flight, page, frame: Frame::encode(&Bytes::from(hashed.to_bytes()), DEMAND_LEVEL) }
+                }
+                Some(Err(error)) => {
+                    tracing::warn!(volume = %volume.name, %error, "a manifest page could not be made");
+                    failed(flight, error.refusal(), error.to_string())
+                }
+                None => failed(flight, Refusal::ShuttingDown, "the source is shutting down".into()),
+            },
+        };
+        let _ = self.link.send_data(Class::Readahead, message.encode()).await;
+    }
+
+    /// Compresses harder while the link is what limits, less hard when the CPU does.
+    fn judge_level(&self, waited: Duration, passed: Duration, under_way: usize) {
+        if under_way == 0 {
+            return;
+        }
+        let share = waited.as_secs_f64() / (passed.as_secs_f64() * BULK_AT_A_TIME as f64);
+        let level = self.bulk_level.load(Ordering::Relaxed);
+        let next = match share {
+            share if share > 0.8 => (level + 1).min(LEVELS.len() - 1),
+            share if share < 0.4 => level.saturating_sub(1),
+            _ => level,
+        };
+        self.bulk_level.store(next, Ordering::Relaxed);
+    }
+}
+
+impl Tickets {
+    fn keep(&mut self, flight: u64, ticket: DataTicket) {
+        self.by_flight.insert(flight, ticket);
+        self.order.push_back(flight);
+        if self.order.len() > MAX_TICKETS
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.by_flight.remove(&oldest);
+        }
+    }
+}
+
+/// The blocking part: read, hash, compress.
+fn build(volume: &SourceVolume, item: Item, level: i32) -> Data {
+    if item.block.0 >= volume.geometry.blocks() {
+        return failed(item.flight, Refusal::BadRequest, format!("there is no block {}", item.block.0));
+    }
+    if matches!(volume.is_hole(item.block), Ok(true)) && volume.manifest.check_unchanged().is_ok() {
+        return Data::Block { flight: item.flight, id: BlockId::ZERO, frame: None };
+    }
+    match volume.read_block(item.block) {
+        Ok(bytes) => {
+            let id = BlockId::of(&bytes);
+            let frame = (!id.is_zero()).then(|| Frame::encode(&Bytes::from(bytes), level));
+            Data::Block { flight: item.flight, id, frame }
+        }
+        Err(error) => {
+            tracing::warn!(volume = %volume.name, block = item.block.0, %error, "a block could not be read");
+            failed(item.flight, error.refusal(), error.to_string())
+        }
+    }
+}

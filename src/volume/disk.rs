@@ -1,0 +1,204 @@
+//! One volume's file and residency together, in blocking calls: the order of bytes and bits is decided here.
+//! Must not know fetches, clients or threads.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::{Mutex, MutexGuard};
+
+use crate::core::ids::{BlockIndex, SECTOR_BYTES};
+use crate::core::manifest::Geometry;
+use crate::core::residency::{Merge, Residency, ResidentBits};
+use crate::image::{Image, ImageError};
+
+/// Locks over blocks that are not resident: a guest's write and the landing of the same block take turns. Never taken for
+/// a resident block, never held across a fetch.
+const STRIPES: usize = 64;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Disk {
+    pub(super) image: Arc<Image>,
+    pub(super) geometry: Geometry,
+    bits: Arc<ResidentBits>,
+    residency: Mutex<Residency>,
+    stripes: [Mutex<()>; STRIPES],
+    /// Whether absent regions may hold something else than zeros: a block device, or what a crash left behind.
+    may_hold_residue: bool,
+}
+
+impl Disk {
+    pub(super) fn new(image: Arc<Image>, residency: Residency, geometry: Geometry, may_hold_residue: bool) -> Disk {
+        Disk {
+            may_hold_residue: may_hold_residue || image.is_block_device(),
+            image,
+            geometry,
+            bits: residency.bits(),
+            residency: Mutex::new(residency),
+            stripes: std::array::from_fn(|_| Mutex::new(())),
+        }
+    }
+
+    pub(super) fn bits(&self) -> &ResidentBits {
+        &self.bits
+    }
+
+    pub(super) fn residency(&self) -> MutexGuard<'_, Residency> {
+        self.residency.lock()
+    }
+
+    /// The blocks that a byte range touches.
+    pub(super) fn blocks_of(&self, offset: u64, len_bytes: u64) -> Range<u64> {
+        let size = self.geometry.block_size;
+        size.index_of(offset).0..size.index_of(offset + len_bytes - 1).0 + 1
+    }
+
+    /// The part of a byte range that lies in one block, as bytes of that block.
+    pub(super) fn within(&self, block: BlockIndex, offset: u64, len_bytes: u64) -> Range<u32> {
+        let first = self.geometry.offset_of(block);
+        let start = offset.max(first) - first;
+        let end = (offset + len_bytes).min(first + u64::from(self.geometry.len_of(block))) - first;
+        start as u32..end as u32
+    }
+
+    /// Whether these bytes of a block may be read from the file now. Once true, it stays true.
+    pub(super) fn is_readable(&self, block: BlockIndex, bytes: Range<u32>) -> bool {
+        self.bits.is_resident(block) || self.residency.lock().mask(block).is_some_and(|mask| mask.covers(bytes))
+    }
+
+    /// Whether a write of these bytes can be remembered by sectors.
+    pub(super) fn is_sector_aligned(&self, block: BlockIndex, bytes: &Range<u32>) -> bool {
+        bytes.start.is_multiple_of(SECTOR_BYTES)
+            && (bytes.end.is_multiple_of(SECTOR_BYTES) || bytes.end == self.geometry.len_of(block))
+    }
+
+    /// A guest's write within one block; aligned to sectors unless the block is resident.
+    pub(super) fn write(&self, block: BlockIndex, at: u32, data: &[u8]) -> Result<(), ImageError> {
+        let offset = self.geometry.offset_of(block) + u64::from(at);
+        if self.bits.is_resident(block) {
+            return self.image.write_at(offset, data);
+        }
+        let _turn = self.stripes[block.0 as usize % STRIPES].lock();
+        self.image.write_at(offset, data)?;
+        self.residency.lock().record_write(block, at..at + data.len() as u32);
+        Ok(())
+    }
+
+    /// Makes whole blocks read as zeros, as a guest's write does.
+    pub(super) fn zero_blocks(&self, blocks: Range<u64>, may_punch: bool) -> Result<(), ImageError> {
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        let offset = self.geometry.offset_of(BlockIndex(blocks.start));
+        let end = self.geometry.offset_of(BlockIndex(blocks.end)).min(self.geometry.size_bytes);
+        let is_resident = self.bits.are_resident(blocks.clone());
+        // In the order of their numbers, as every other taker of several would; there is none.
+        let mut stripes: Vec<usize> = (blocks.start..blocks.end.min(blocks.start + STRIPES as u64))
+            .map(|block| block as usize % STRIPES)
+            .collect();
+        stripes.sort_unstable();
+        let _turns: Vec<_> = if is_resident {
+            Vec::new()
+        } else {
+            stripes.into_iter().map(|stripe| self.stripes[stripe].lock()).collect()
+        };
+        self.image.write_zeroes(offset, end - offset, may_punch)?;
+        if !is_resident {
+            let mut residency = self.residency.lock();
+            for block in blocks {
+                let block = BlockIndex(block);
+                residency.record_write(block, 0..self.geometry.len_of(block));
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts a verified block under what the guest wrote meanwhile. Returns whether it was still needed.
+    pub(super) fn land(&self, block: BlockIndex, bytes: &[u8]) -> Result<bool, ImageError> {
+        if self.bits.is_resident(block) {
+            return Ok(false);
+        }
+        let _turn = self.stripes[block.0 as usize % STRIPES].lock();
+        let offset = self.geometry.offset_of(block);
+        // Not one expression with the match: the residency lock must not be held while the file is written.
+        let merge = self.residency.lock().merge(block);
+        match merge {
+            Merge::Drop => return Ok(false),
+            Merge::Whole => self.image.write_at(offset, bytes)?,
+            Merge::Ranges(ranges) => {
+                for range in ranges {
+                    let part = &bytes[range.start as usize..range.end as usize];
+                    self.image.write_at(offset + u64::from(range.start), part)?;
+                }
+            }
+        }
+        self.residency.lock().record_fetched(block);
+        Ok(true)
+    }
+
+    /// As [`Disk::land`] for blocks that are known to be zero: nothing is written where the file has a hole anyway.
+    /// Returns how many bytes of blocks were still needed.
+    pub(super) fn land_zeros(&self, blocks: &[BlockIndex]) -> Result<u64, ImageError> {
+        let mut landed_bytes = 0;
+        for block in blocks {
+            if self.bits.is_resident(*block) {
+                continue;
+            }
+            let _turn = self.stripes[block.0 as usize % STRIPES].lock();
+            let offset = self.geometry.offset_of(*block);
+            let len = self.geometry.len_of(*block);
+            let merge = self.residency.lock().merge(*block);
+            let ranges = match merge {
+                Merge::Drop => continue,
+                Merge::Whole => std::iter::once(0..len).collect(),
+                Merge::Ranges(ranges) => ranges,
+            };
+            if self.may_hold_residue {
+                for range in ranges {
+                    let start = offset + u64::from(range.start);
+                    let len_bytes = u64::from(range.end - range.start);
+                    if !self.image.is_hole(start..start + len_bytes)? {
+                        self.image.write_zeroes(start, len_bytes, true)?;
+                    }
+                }
+            }
+            self.residency.lock().record_fetched(*block);
+            landed_bytes += u64::from(len);
+        }
+        Ok(landed_bytes)
+    }
+
+    /// Fills `out` with these bytes of a block whose fetched content is `base` (None: zeros), under what the guest wrote.
+    pub(super) fn read_over(
+        &self,
+        block: BlockIndex,
+        bytes: Range<u32>,
+        base: Option<&[u8]>,
+        out: &mut [u8],
+    ) -> Result<(), ImageError> {
+        let offset = self.geometry.offset_of(block);
+        if self.bits.is_resident(block) {
+            return self.image.read_at(offset + u64::from(bytes.start), out);
+        }
+        match base {
+            Some(base) => out.copy_from_slice(&base[bytes.start as usize..bytes.end as usize]),
+            None => out.fill(0),
+        }
+        let len = self.geometry.len_of(block);
+        let valid = self.residency.lock().mask(block).map(|mask| mask.valid(len)).unwrap_or_default();
+        for range in valid {
+            let start = range.start.max(bytes.start);
+            let end = range.end.min(bytes.end);
+            if start < end {
+                let part = &mut out[(start - bytes.start) as usize..(end - bytes.start) as usize];
+                self.image.read_at(offset + u64::from(start), part)?;
+            }
+        }
+        // It may have become resident in between, by a write of the guest that went past the mask that was looked at: that
+        // write was under way at the same time as this read, so both its old and its new bytes are right.
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

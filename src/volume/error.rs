@@ -1,0 +1,64 @@
+//! What can go wrong with a volume's reads and writes, sorted by who has to act. Must not know NBD's numbers.
+
+use std::time::Duration;
+
+use crate::core::ids::Name;
+use crate::fetch::FetchError;
+use crate::image::ImageError;
+use crate::store::StateError;
+
+/// Why a read, a write or a flush of a volume failed.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// Another site owns it.
+    #[error("volume {volume} belongs to another site: it may not be written here")]
+    NotOwner {
+        /// Which.
+        volume: Name,
+    },
+    /// The image can only be read.
+    #[error("volume {volume}: its image can only be read")]
+    ReadOnly {
+        /// Which.
+        volume: Name,
+    },
+    /// The file.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The journal.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The peer.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// The peer could not be reached for as long as the configuration says.
+    #[error("a block did not come within {} s ([demand] timeout): is the peer up?", .after.as_secs())]
+    TimedOut {
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// An earlier sync failed, so nobody knows what the disk holds.
+    #[error("volume {volume}: the disk failed to sync earlier; restart the daemon when the disk is well again")]
+    SyncFailed {
+        /// Which.
+        volume: Name,
+    },
+    /// The write could not be noted in the manifest.
+    #[error("volume {volume}: {why}")]
+    Observer {
+        /// Which.
+        volume: Name,
+        /// What failed.
+        why: String,
+    },
+    /// The daemon is going down.
+    #[error("the daemon is shutting down")]
+    ShuttingDown,
+}
+
+impl VolumeError {
+    /// Whether making room on the disk helps.
+    pub fn is_no_space(&self) -> bool {
+        matches!(self, VolumeError::Image(error) if error.is_no_space())
+    }
+}

@@ -1,0 +1,128 @@
+//! Who may write, and until when: a fence that lets the writes under way end. And flushes that share one sync.
+//! Must not know files.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::{Mutex, Notify};
+
+const CLOSED: u64 = 1 << 63;
+
+/// Counts the writes under way; once closed, admits no more.
+#[derive(Debug, Default)]
+pub(super) struct WriteGate {
+    state: AtomicU64,
+    drained: Notify,
+}
+
+/// A write that was admitted.
+#[derive(Debug)]
+pub(super) struct Admitted(Arc<WriteGate>);
+
+impl WriteGate {
+    pub(super) fn new(is_open: bool) -> WriteGate {
+        WriteGate { state: AtomicU64::new(if is_open { 0 } else { CLOSED }), drained: Notify::new() }
+    }
+
+    /// What is admitted goes along with the write itself, so that a client that hangs up does not end it early.
+    pub(super) fn admit(self: &Arc<Self>) -> Option<Admitted> {
+        let before = self.state.fetch_add(1, Ordering::AcqRel);
+        let admitted = Admitted(Arc::clone(self));
+        if before & CLOSED == 0 { Some(admitted) } else { None }
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.state.load(Ordering::Acquire) & CLOSED == 0
+    }
+
+    /// Admits nothing from now on and returns when what was admitted has ended.
+    pub(super) async fn close(&self) {
+        self.state.fetch_or(CLOSED, Ordering::AcqRel);
+        loop {
+            let drained = self.drained.notified();
+            tokio::pin!(drained);
+            drained.as_mut().enable();
+            if self.state.load(Ordering::Acquire) == CLOSED {
+                return;
+            }
+            drained.await;
+        }
+    }
+
+    pub(super) fn open(&self) {
+        self.state.fetch_and(!CLOSED, Ordering::AcqRel);
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        if self.0.state.fetch_sub(1, Ordering::AcqRel) & !CLOSED == 1 {
+            self.0.drained.notify_waiters();
+        }
+    }
+}
+
+/// Group commit: everybody who asked before a sync began is served by it.
+#[derive(Debug, Default)]
+pub(super) struct FlushGate {
+    asked: AtomicU64,
+    turn: Mutex<u64>,
+}
+
+impl FlushGate {
+    /// Runs `sync`, or waits for one that began after this call.
+    pub(super) async fn flush<E>(&self, sync: impl AsyncFnOnce() -> Result<(), E>) -> Result<(), E> {
+        let mine = self.asked.fetch_add(1, Ordering::AcqRel) + 1;
+        let mut done_to = self.turn.lock().await;
+        if *done_to >= mine {
+            return Ok(());
+        }
+        let covers = self.asked.load(Ordering::Acquire);
+        sync().await?;
+        *done_to = covers;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_closed_gate_waits_for_writes_under_way_and_admits_none() {
+        let gate = Arc::new(WriteGate::new(true));
+        let under_way = gate.admit().expect("open");
+        let closing = tokio::spawn({
+            let gate = Arc::clone(&gate);
+            async move { gate.close().await }
+        });
+        while gate.is_open() {
+            tokio::task::yield_now().await;
+        }
+        assert!(gate.admit().is_none());
+        assert!(!closing.is_finished());
+        drop(under_way);
+        closing.await.expect("closes");
+        gate.open();
+        assert!(gate.admit().is_some());
+    }
+
+    #[tokio::test]
+    async fn flushes_that_wait_share_one_sync_and_failures_are_not_shared() {
+        let gate = FlushGate::default();
+        let syncs = AtomicU64::new(0);
+        let sync = || async {
+            gate.flush(async || {
+                syncs.fetch_add(1, Ordering::Relaxed);
+                tokio::task::yield_now().await;
+                Ok::<(), ()>(())
+            })
+            .await
+        };
+        let all = futures::future::join_all((0..10).map(|_| sync())).await;
+        assert!(all.iter().all(Result::is_ok));
+        assert_eq!(syncs.load(Ordering::Relaxed), 2, "the first, and one for all who came meanwhile");
+        assert_eq!(gate.flush(async || Err::<(), &str>("disk")).await, Err("disk"));
+        assert_eq!(gate.flush(async || Ok::<(), &str>(())).await, Ok(()));
+    }
+}

@@ -1,0 +1,431 @@
+//! A disk that this site serves: read, write, flush over a raw file and its residency; blocks that are absent are fetched.
+//! Must not know QUIC nor NBD.
+//!
+//! What is flushed survives: [`Volume::flush`] takes the residency that changed, syncs the file, and only then makes the
+//! residency durable, in that order, before it is acknowledged.
+
+mod bulk;
+mod disk;
+mod error;
+mod gate;
+mod journal;
+mod pages;
+mod readahead;
+mod relocation;
+mod stats;
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::{Bytes, BytesMut};
+use parking_lot::RwLock;
+
+use crate::core::ids::{BlockIndex, Name};
+use crate::core::manifest::Geometry;
+use crate::core::residency::Residency;
+use crate::image::{Image, ImageError};
+use crate::store::State;
+use crate::workers::{Urgency, Workers};
+
+use disk::Disk;
+use gate::{FlushGate, WriteGate};
+use journal::Journal;
+
+pub use bulk::{BulkState, run_bulk};
+pub use error::VolumeError;
+pub use relocation::Relocation;
+pub use stats::{Moved, Reads, Snapshot};
+
+/// Told of every write before and after it happens, so that what is known of the content can be forgotten.
+pub trait WriteObserver: Send + Sync + 'static {
+    /// A write to these bytes is about to happen, or has just happened.
+    fn note_write(&self, bytes: Range<u64>) -> Result<(), String>;
+}
+
+/// See the module. Shared by every client and by the background copy.
+pub struct Volume {
+    name: Name,
+    geometry: Geometry,
+    disk: Arc<Disk>,
+    workers: Workers,
+    journal: Journal,
+    gate: Arc<WriteGate>,
+    flushes: FlushGate,
+    is_sync_broken: AtomicBool,
+    /// No block is absent and none ever will be: the path without any trace of relocation.
+    is_complete: AtomicBool,
+    relocation: RwLock<Option<Arc<Relocation>>>,
+    observer: RwLock<Option<Arc<dyn WriteObserver>>>,
+    guest_wrote: AtomicBool,
+    stats: Arc<stats::Stats>,
+    landing: Arc<tokio::sync::Semaphore>,
+}
+
+/// What a volume needs to live.
+pub struct VolumeParts {
+    /// Its name.
+    pub name: Name,
+    /// Where its bytes lie.
+    pub image: Arc<Image>,
+    /// Its shape.
+    pub geometry: Geometry,
+    /// Where residency is kept.
+    pub state: Arc<dyn State>,
+    /// Threads for file I/O.
+    pub workers: Workers,
+    /// Whether guests may write it now.
+    pub is_owner: bool,
+}
+
+/// Blocks that were answered to a guest and wait to be written to the file. Beyond it, the guest waits for the file.
+const LANDING_BLOCKS: usize = 128;
+
+impl Volume {
+    /// A volume all of whose blocks are in its file.
+    pub fn complete(parts: VolumeParts) -> Volume {
+        let residency = Residency::new(parts.geometry);
+        Volume::new(parts, residency, true, false)
+    }
+
+    /// A volume whose blocks are (partly) still elsewhere. `is_new` says that the file was just made by [`Image::create`];
+    /// otherwise residency is restored from the state database, and absent regions may hold what a crash left.
+    pub fn relocating(parts: VolumeParts, is_new: bool) -> Result<Volume, VolumeError> {
+        let mut residency = Residency::new(parts.geometry);
+        let journal = Journal::new(Arc::clone(&parts.state), parts.name.clone());
+        let guest_wrote = if is_new {
+            journal.forget()?;
+            false
+        } else {
+            journal.restore(&mut residency)?
+        };
+        let volume = Volume::new(parts, residency, false, !is_new);
+        volume.guest_wrote.store(guest_wrote || volume.disk.residency().has_guest_writes(), Ordering::Release);
+        Ok(volume)
+    }
+
+    fn new(parts: VolumeParts, residency: Residency, is_complete: bool, may_hold_residue: bool) -> Volume {
+        Volume {
+            disk: Arc::new(Disk::new(parts.image, residency, parts.geometry, may_hold_residue)),
+            journal: Journal::new(parts.state, parts.name.clone()),
+            name: parts.name,
+            geometry: parts.geometry,
+            workers: parts.workers,
+            gate: Arc::new(WriteGate::new(parts.is_owner)),
+            flushes: FlushGate::default(),
+            is_sync_broken: AtomicBool::new(false),
+            is_complete: AtomicBool::new(is_complete),
+            relocation: RwLock::new(None),
+            observer: RwLock::new(None),
+            guest_wrote: AtomicBool::new(false),
+            stats: Arc::default(),
+            landing: Arc::new(tokio::sync::Semaphore::new(LANDING_BLOCKS)),
+        }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &Name {
+        &self.name
+    }
+
+    /// Its shape.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Its file.
+    pub fn image(&self) -> &Arc<Image> {
+        &self.disk.image
+    }
+
+    /// Whether guests may write it now.
+    pub fn is_owner(&self) -> bool {
+        self.gate.is_open()
+    }
+
+    /// Whether every block is in the file and durably known to be.
+    pub fn is_complete(&self) -> bool {
+        self.is_complete.load(Ordering::Acquire)
+    }
+
+    /// Whether a guest wrote anything here since the relocation began.
+    pub fn has_guest_writes(&self) -> bool {
+        self.guest_wrote.load(Ordering::Acquire)
+    }
+
+    /// Where absent blocks come from.
+    pub fn set_relocation(&self, relocation: Arc<Relocation>) {
+        *self.relocation.write() = Some(relocation);
+    }
+
+    /// The relocation under way, if there is one.
+    pub fn relocation(&self) -> Option<Arc<Relocation>> {
+        self.relocation.read().clone()
+    }
+
+    /// Who is told of writes.
+    pub fn set_observer(&self, observer: Option<Arc<dyn WriteObserver>>) {
+        *self.observer.write() = observer;
+    }
+
+    /// Admits no write from now on, waits for those under way, and makes everything durable.
+    pub async fn fence(&self) -> Result<(), VolumeError> {
+        self.gate.close().await;
+        self.flush().await
+    }
+
+    /// Admits writes: this site is the owner.
+    pub fn unfence(&self) {
+        self.gate.open();
+    }
+
+    /// Counters and gauges, as they stand.
+    pub fn snapshot(&self) -> Snapshot {
+        let (absent, written, partial) = if self.is_complete() {
+            (0, 0, 0)
+        } else {
+            let bits = self.disk.bits();
+            (bits.absent(), bits.written(), self.disk.residency().partial_blocks())
+        };
+        self.stats.snapshot(self.geometry.blocks(), absent, written, partial)
+    }
+
+    /// Reads `len_bytes` from `offset`, which lie within the volume. Absent blocks are fetched; everything else is served
+    /// from the file without waiting for them.
+    pub async fn read(&self, offset: u64, len_bytes: u32) -> Result<Bytes, VolumeError> {
+        if len_bytes == 0 {
+            return Ok(Bytes::new());
+        }
+        let blocks = self.disk.blocks_of(offset, u64::from(len_bytes));
+        if self.is_complete() || self.disk.bits().are_resident(blocks.clone()) {
+            self.stats.count_resident(u64::from(len_bytes));
+            let disk = Arc::clone(&self.disk);
+            let read = move || {
+                let mut buf = BytesMut::zeroed(len_bytes as usize);
+                disk.image.read_at(offset, &mut buf)?;
+                Ok(buf.freeze())
+            };
+            return self.on_disk(read).await;
+        }
+        relocation::read_mixed(self, offset, len_bytes, blocks).await
+    }
+
+    /// Reads into `buf` at once if that needs nothing but the page cache; None otherwise.
+    pub fn try_read_now(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), VolumeError>> {
+        let len_bytes = buf.len() as u64;
+        if !self.is_complete() && !self.disk.bits().are_resident(self.disk.blocks_of(offset, len_bytes)) {
+            return None;
+        }
+        let done = self.disk.image.read_cached_at(offset, buf)?;
+        self.stats.count_resident(len_bytes);
+        Some(done.map_err(VolumeError::from))
+    }
+
+    /// Writes `data` at `offset`; with `fua`, returns when it is durable. Waits for the WAN only in one case: a write
+    /// that begins or ends within a sector of an absent block.
+    pub async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), VolumeError> {
+        let admitted = self.admit()?;
+        let range = offset..offset + data.len() as u64;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let is_complete = self.is_complete();
+        if !is_complete {
+            self.guest_wrote.store(true, Ordering::Release);
+            self.fill_torn_edges(&range).await?;
+        }
+        let (disk, observer) = (Arc::clone(&self.disk), self.observer.read().clone());
+        self.on_disk_as_observed(observer, range.clone(), move || {
+            let _admitted = admitted;
+            if is_complete {
+                return disk.image.write_at(offset, &data);
+            }
+            for block in disk.blocks_of(offset, data.len() as u64) {
+                let block = BlockIndex(block);
+                let within = disk.within(block, offset, data.len() as u64);
+                let from = (disk.geometry.offset_of(block) + u64::from(within.start) - offset) as usize;
+                disk.write(block, within.start, &data[from..from + within.len()])?;
+            }
+            Ok(())
+        })
+        .await?;
+        if fua { self.flush().await } else { Ok(()) }
+    }
+
+    /// Makes a range read as zeros. Whole blocks become present without being fetched.
+    pub async fn write_zeroes(
+        &self,
+        offset: u64,
+        len_bytes: u64,
+        may_punch: bool,
+        fua: bool,
+    ) -> Result<(), VolumeError> {
+        let admitted = self.admit()?;
+        let range = offset..offset + len_bytes;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let is_complete = self.is_complete();
+        if !is_complete {
+            self.guest_wrote.store(true, Ordering::Release);
+            self.fill_torn_edges(&range).await?;
+        }
+        let (disk, observer) = (Arc::clone(&self.disk), self.observer.read().clone());
+        self.on_disk_as_observed(observer, range.clone(), move || {
+            let _admitted = admitted;
+            if is_complete { disk.image.write_zeroes(offset, len_bytes, may_punch) } else { zero(&disk, &range, may_punch) }
+        })
+        .await?;
+        if fua { self.flush().await } else { Ok(()) }
+    }
+
+    /// Discards a range: as zeros where that is cheap; the torn edges of an absent block stay as they are.
+    pub async fn trim(&self, offset: u64, len_bytes: u64, fua: bool) -> Result<(), VolumeError> {
+        if self.is_complete() {
+            return self.write_zeroes(offset, len_bytes, true, fua).await;
+        }
+        let sector = u64::from(crate::core::ids::SECTOR_BYTES);
+        let start = offset.next_multiple_of(sector);
+        let end = offset + len_bytes;
+        let end = if end == self.geometry.size_bytes { end } else { end - end % sector };
+        if start < end {
+            self.write_zeroes(start, end - start, true, fua).await
+        } else {
+            self.admit()?;
+            Ok(())
+        }
+    }
+
+    /// Returns when everything that was acknowledged before the call is durable: data first, then the residency that
+    /// protects it.
+    pub async fn flush(&self) -> Result<(), VolumeError> {
+        self.flushes.flush(async || self.sync().await).await
+    }
+
+    /// Whether there is residency that is not durable yet.
+    pub fn needs_checkpoint(&self) -> bool {
+        !self.is_complete() && self.disk.residency().is_dirty()
+    }
+
+    async fn sync(&self) -> Result<(), VolumeError> {
+        if self.is_sync_broken.load(Ordering::Acquire) {
+            return Err(VolumeError::SyncFailed { volume: self.name.clone() });
+        }
+        if !self.disk.image.is_writable() {
+            return Ok(());
+        }
+        let (disk, journal) = (Arc::clone(&self.disk), self.journal.clone());
+        let guest_wrote = self.has_guest_writes();
+        let is_complete = self.is_complete();
+        let work = move || -> Result<(), (VolumeError, bool)> {
+            // What is set here is in the file already: a bit is set after its bytes.
+            let rows = if is_complete { Vec::new() } else { disk.residency().take_dirty() };
+            if let Err(error) = disk.image.sync_data() {
+                // The kernel has dropped what it could not write, and the next sync would succeed: nothing may be marked
+                // resident from here on, nor a flush be acknowledged.
+                return Err((error.into(), true));
+            }
+            if let Err(error) = journal.write(&rows, guest_wrote) {
+                disk.residency().mark_dirty(rows.into_iter().map(|(chunk, _)| chunk));
+                return Err((error.into(), false));
+            }
+            Ok(())
+        };
+        match self.workers.run(Urgency::Urgent, work).await {
+            None => Err(VolumeError::ShuttingDown),
+            Some(Ok(())) => Ok(()),
+            Some(Err((error, is_fatal))) => {
+                if is_fatal {
+                    self.is_sync_broken.store(true, Ordering::Release);
+                    tracing::error!(volume = %self.name, %error, "the disk failed to sync; flushes fail until a restart");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn admit(&self) -> Result<gate::Admitted, VolumeError> {
+        let admitted = self.gate.admit().ok_or_else(|| VolumeError::NotOwner { volume: self.name.clone() })?;
+        if !self.disk.image.is_writable() {
+            return Err(VolumeError::ReadOnly { volume: self.name.clone() });
+        }
+        Ok(admitted)
+    }
+
+    /// A write that begins or ends within a sector needs the rest of that sector: its block is fetched first.
+    async fn fill_torn_edges(&self, range: &Range<u64>) -> Result<(), VolumeError> {
+        let blocks = self.disk.blocks_of(range.start, range.end - range.start);
+        let mut edges = vec![blocks.start, blocks.end - 1];
+        edges.dedup();
+        for block in edges {
+            let block = BlockIndex(block);
+            let within = self.disk.within(block, range.start, range.end - range.start);
+            if !self.disk.is_sector_aligned(block, &within) && !self.disk.bits().is_resident(block) {
+                relocation::make_resident(self, block).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn on_disk<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
+    ) -> Result<T, VolumeError> {
+        match self.workers.run(Urgency::Urgent, work).await {
+            Some(done) => Ok(done?),
+            None => Err(VolumeError::ShuttingDown),
+        }
+    }
+
+    async fn on_disk_as_observed(
+        &self,
+        observer: Option<Arc<dyn WriteObserver>>,
+        range: Range<u64>,
+        work: impl FnOnce() -> Result<(), ImageError> + Send + 'static,
+    ) -> Result<(), VolumeError> {
+        let name = self.name.clone();
+        let observed = move || -> Result<(), VolumeError> {
+            let Some(observer) = observer else { return Ok(work()?) };
+            let failed = |why| VolumeError::Observer { volume: name.clone(), why };
+            observer.note_write(range.clone()).map_err(failed)?;
+            work()?;
+            observer.note_write(range).map_err(failed)
+        };
+        self.workers.run(Urgency::Urgent, observed).await.unwrap_or(Err(VolumeError::ShuttingDown))
+    }
+}
+
+/// Zeros over blocks of which some are absent; edges are aligned to sectors or resident.
+fn zero(disk: &Disk, range: &Range<u64>, may_punch: bool) -> Result<(), ImageError> {
+    let len_bytes = range.end - range.start;
+    let blocks = disk.blocks_of(range.start, len_bytes);
+    let is_whole = |block: u64| {
+        let within = disk.within(BlockIndex(block), range.start, len_bytes);
+        within == (0..disk.geometry.len_of(BlockIndex(block)))
+    };
+    let zero_part = |block: u64| {
+        let block = BlockIndex(block);
+        let within = disk.within(block, range.start, len_bytes);
+        disk.write(block, within.start, &vec![0; within.len()])
+    };
+    let mut whole = blocks.clone();
+    if !is_whole(whole.start) {
+        zero_part(whole.start)?;
+        whole.start += 1;
+    }
+    if whole.end > whole.start && !is_whole(whole.end - 1) {
+        zero_part(whole.end - 1)?;
+        whole.end -= 1;
+    }
+    // A thousand blocks at a time: reads and landings elsewhere get their turn during the TRIM of a whole disk.
+    let mut at = whole.start;
+    while at < whole.end {
+        let end = (at + 1024).min(whole.end);
+        disk.zero_blocks(at..end, may_punch)?;
+        at = end;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

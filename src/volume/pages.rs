@@ -1,0 +1,104 @@
+//! A relocation's view of the source's manifest: pages loaded as they are needed. Must not know what is read or written.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::OnceCell;
+
+use crate::core::ids::{BlockId, BlockIndex};
+use crate::core::manifest::{Geometry, Page, PageId, PageIndex};
+use crate::core::wire::RootEntry;
+use crate::fetch::{Fetch, FetchError, VolumeKey};
+
+/// Pages in memory at a time and volume: 8 MiB, 16 GiB of image at 64 KiB blocks.
+const CACHED_PAGES: usize = 256;
+/// States of pages asked for at a time.
+const ROOTS_AT_A_TIME: u64 = 4096;
+
+pub(super) struct Pages {
+    fetch: Fetch,
+    key: VolumeKey,
+    geometry: Geometry,
+    roots: OnceCell<Vec<RootEntry>>,
+    cache: Mutex<Cache>,
+}
+
+#[derive(Default)]
+struct Cache {
+    pages: HashMap<u64, Arc<OnceCell<Arc<Page>>>>,
+    order: VecDeque<u64>,
+}
+
+impl Pages {
+    pub(super) fn new(fetch: Fetch, key: VolumeKey, geometry: Geometry) -> Pages {
+        Pages { fetch, key, geometry, roots: OnceCell::new(), cache: Mutex::default() }
+    }
+
+    /// The id of a block, if its page is here.
+    pub(super) fn id_of(&self, block: BlockIndex) -> Option<BlockId> {
+        let page = PageIndex::of(block);
+        if let Some(RootEntry::Zero) = self.roots.get().and_then(|roots| roots.get(page.0 as usize)) {
+            return Some(BlockId::ZERO);
+        }
+        let cell = self.cache.lock().pages.get(&page.0).cloned()?;
+        cell.get()?.id_of(block)
+    }
+
+    /// A page, fetched if it is not here; everybody who asks meanwhile waits for the same answer.
+    pub(super) async fn load(&self, page: PageIndex) -> Result<Arc<Page>, FetchError> {
+        let known = match self.roots().await?.get(page.0 as usize) {
+            Some(RootEntry::Zero) => {
+                return Ok(Arc::new(Page::new(vec![BlockId::ZERO; self.geometry.ids_in(page) as usize])));
+            }
+            Some(RootEntry::Known(id)) => Some(*id),
+            _ => None,
+        };
+        let cell = {
+            let mut cache = self.cache.lock();
+            match cache.pages.get(&page.0) {
+                Some(cell) => Arc::clone(cell),
+                None => cache.insert(page.0),
+            }
+        };
+        cell.get_or_try_init(|| self.fetch_page(page, known)).await.cloned()
+    }
+
+    async fn fetch_page(&self, page: PageIndex, known: Option<PageId>) -> Result<Arc<Page>, FetchError> {
+        Ok(Arc::new(self.fetch.page(self.key, page, known, self.geometry.ids_in(page)).await?))
+    }
+
+    /// What the source knew of its pages when it was first asked; unknown pages are hashed when they are asked for.
+    async fn roots(&self) -> Result<&Vec<RootEntry>, FetchError> {
+        self.roots
+            .get_or_try_init(|| async {
+                let mut roots = Vec::with_capacity(self.geometry.pages() as usize);
+                while (roots.len() as u64) < self.geometry.pages() {
+                    let count = (self.geometry.pages() - roots.len() as u64).min(ROOTS_AT_A_TIME);
+                    let mut some = self.fetch.roots(self.key, PageIndex(roots.len() as u64), count as u32).await?;
+                    some.truncate(count as usize);
+                    if some.is_empty() {
+                        // A source that tells nothing: the pages themselves will.
+                        roots.resize(self.geometry.pages() as usize, RootEntry::Unknown);
+                    }
+                    roots.append(&mut some);
+                }
+                Ok(roots)
+            })
+            .await
+    }
+}
+
+impl Cache {
+    fn insert(&mut self, page: u64) -> Arc<OnceCell<Arc<Page>>> {
+        if self.order.len() >= CACHED_PAGES
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.pages.remove(&oldest);
+        }
+        let cell = Arc::new(OnceCell::new());
+        self.pages.insert(page, Arc::clone(&cell));
+        self.order.push_back(page);
+        cell
+    }
+}

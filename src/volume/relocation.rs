@@ -1,0 +1,284 @@
+//! Reads of a volume that is still arriving: which blocks to fetch, and what becomes of them.
+//! Must not know how blocks are fetched.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use parking_lot::Mutex;
+
+use super::pages::Pages;
+use super::readahead::Readahead;
+use super::{Volume, VolumeError};
+use crate::core::ids::{BlockId, BlockIndex, Class};
+use crate::core::manifest::{Geometry, PageIndex};
+use crate::fetch::{Block, Fetch, FetchError, Origin, VolumeKey};
+use crate::workers::Urgency;
+
+/// Where a volume's absent blocks come from.
+pub struct Relocation {
+    pub(super) fetch: Fetch,
+    pub(super) key: VolumeKey,
+    pub(super) pages: Arc<Pages>,
+    /// How long a guest's read waits for a peer that cannot be reached; None: for ever.
+    demand_timeout: Option<Duration>,
+    readahead: Mutex<Readahead>,
+    pub(super) bulk: super::bulk::BulkControl,
+}
+
+impl Relocation {
+    /// A volume at a peer, opened or attached to as `key`.
+    pub fn new(fetch: Fetch, key: VolumeKey, geometry: Geometry, demand_timeout: Option<Duration>) -> Relocation {
+        Relocation {
+            pages: Arc::new(Pages::new(fetch.clone(), key, geometry)),
+            fetch,
+            key,
+            demand_timeout,
+            readahead: Mutex::default(),
+            bulk: super::bulk::BulkControl::default(),
+        }
+    }
+
+    /// What the fetcher calls it.
+    pub fn key(&self) -> VolumeKey {
+        self.key
+    }
+
+    /// The background copy's switches and its state.
+    pub fn bulk(&self) -> &super::bulk::BulkControl {
+        &self.bulk
+    }
+
+    /// Applies the switches to the fetcher.
+    pub fn apply_pace(&self) {
+        self.fetch.pace(self.key, self.bulk.is_paused(), self.bulk.limit_bytes_per_s());
+    }
+}
+
+/// A read of which some blocks are absent.
+pub(super) async fn read_mixed(
+    volume: &Volume,
+    offset: u64,
+    len_bytes: u32,
+    blocks: Range<u64>,
+) -> Result<Bytes, VolumeError> {
+    let disk = Arc::clone(&volume.disk);
+    let missing: Vec<BlockIndex> = blocks
+        .clone()
+        .map(BlockIndex)
+        .filter(|block| !disk.is_readable(*block, disk.within(*block, offset, u64::from(len_bytes))))
+        .collect();
+    look_ahead(volume, &blocks);
+    let fetched = futures::future::try_join_all(missing.iter().map(|block| demand(volume, *block))).await?;
+    count_reads(volume, offset, len_bytes, &blocks, &fetched);
+    let bases: Vec<(BlockIndex, Option<Bytes>)> = missing
+        .iter()
+        .copied()
+        .zip(fetched.iter().map(|block| (!block.id.is_zero()).then(|| block.bytes.clone())))
+        .collect();
+    let assemble = move || {
+        let mut buf = BytesMut::zeroed(len_bytes as usize);
+        let mut bases = bases.iter().peekable();
+        for block in blocks.map(BlockIndex) {
+            let within = disk.within(block, offset, u64::from(len_bytes));
+            let at = disk.geometry.offset_of(block) + u64::from(within.start);
+            let from = (at - offset) as usize;
+            let out = &mut buf[from..from + within.len()];
+            match bases.next_if(|(missing, _)| *missing == block) {
+                Some((_, base)) => disk.read_over(block, within, base.as_deref(), out)?,
+                None => disk.image.read_at(at, out)?,
+            }
+        }
+        Ok(buf.freeze())
+    };
+    let answer = volume.on_disk(assemble).await?;
+    for (block, fetched) in missing.into_iter().zip(fetched) {
+        land_later(volume, block, fetched).await;
+    }
+    Ok(answer)
+}
+
+/// Fetches a block and puts it into the file before it returns.
+pub(super) async fn make_resident(volume: &Volume, block: BlockIndex) -> Result<(), VolumeError> {
+    let fetched = demand(volume, block).await?;
+    let (disk, stats) = (Arc::clone(&volume.disk), Arc::clone(&volume.stats));
+    volume.on_disk(move || land(&disk, &stats, block, &fetched)).await
+}
+
+/// Writes a fetched block into the file. Blocking.
+pub(super) fn land(
+    disk: &super::disk::Disk,
+    stats: &super::stats::Stats,
+    block: BlockIndex,
+    fetched: &Block,
+) -> Result<(), crate::image::ImageError> {
+    if fetched.id.is_zero() {
+        stats.count_zero_landed(disk.land_zeros(&[block])?);
+    } else if disk.land(block, &fetched.bytes)? {
+        stats.count_landed(fetched);
+    }
+    Ok(())
+}
+
+/// A block that a guest waits for.
+async fn demand(volume: &Volume, block: BlockIndex) -> Result<Block, VolumeError> {
+    let relocation = volume.relocation().ok_or(FetchError::Gone)?;
+    let len_bytes = volume.geometry.len_of(block);
+    let id = relocation.pages.id_of(block);
+    if id == Some(BlockId::ZERO) {
+        let bytes = Bytes::from(vec![0; len_bytes as usize]);
+        let (origin, class) = (Origin::Zero, Class::Demand);
+        return Ok(Block { id: BlockId::ZERO, bytes, origin, wire_bytes: 0, class, budget: None });
+    }
+    if id.is_none() {
+        // The block comes inline in one round trip; its neighbours' ids come along for the next read.
+        let pages = Arc::clone(&relocation.pages);
+        tokio::spawn(async move {
+            let _ = pages.load(PageIndex::of(block)).await;
+        });
+    }
+    let begun = Instant::now();
+    let wanted = relocation.fetch.want(relocation.key, block, id, Class::Demand, len_bytes);
+    let fetched = match relocation.demand_timeout {
+        Some(after) => match tokio::time::timeout(after, wanted).await {
+            Ok(fetched) => fetched?,
+            Err(_) => return Err(VolumeError::TimedOut { after }),
+        },
+        None => wanted.await?,
+    };
+    volume.stats.count_demand(begun.elapsed());
+    volume.stats.count_arrived(&fetched);
+    Ok(fetched)
+}
+
+/// The guest has its answer; the file gets the block now. If too many wait for the file already, the guest waits along.
+async fn land_later(volume: &Volume, block: BlockIndex, fetched: Block) {
+    let Ok(permit) = Arc::clone(&volume.landing).acquire_owned().await else { return };
+    let (disk, stats, name) = (Arc::clone(&volume.disk), Arc::clone(&volume.stats), volume.name.clone());
+    let workers = volume.workers.clone();
+    tokio::spawn(async move {
+        let landed = workers.run(Urgency::Background, move || land(&disk, &stats, block, &fetched)).await;
+        if let Some(Err(error)) = landed {
+            // It stays absent and is fetched again when it is needed again.
+            tracing::warn!(volume = %name, block = block.0, %error, "a fetched block could not be written");
+        }
+        drop(permit);
+    });
+}
+
+fn look_ahead(volume: &Volume, blocks: &Range<u64>) {
+    let Some(relocation) = volume.relocation() else { return };
+    let guess = relocation.readahead.lock().on_read(
+        BlockIndex(blocks.start),
+        blocks.end - blocks.start,
+        volume.geometry.blocks(),
+    );
+    fetch_ahead(volume, guess);
+}
+
+fn fetch_ahead(volume: &Volume, blocks: Range<u64>) {
+    let Some(relocation) = volume.relocation() else { return };
+    for block in blocks.map(BlockIndex) {
+        if volume.disk.bits().is_resident(block) || relocation.pages.id_of(block) == Some(BlockId::ZERO) {
+            continue;
+        }
+        let Ok(permit) = Arc::clone(&volume.landing).try_acquire_owned() else { return };
+        let len_bytes = volume.geometry.len_of(block);
+        let id = relocation.pages.id_of(block);
+        let wanted = relocation.fetch.want(relocation.key, block, id, Class::Readahead, len_bytes);
+        let (disk, stats, workers) = (Arc::clone(&volume.disk), Arc::clone(&volume.stats), volume.workers.clone());
+        tokio::spawn(async move {
+            if let Ok(fetched) = wanted.await {
+                stats.count_arrived(&fetched);
+                workers.run(Urgency::Urgent, move || land(&disk, &stats, block, &fetched)).await;
+            }
+            drop(permit);
+        });
+    }
+}
+
+fn count_reads(volume: &Volume, offset: u64, len_bytes: u32, blocks: &Range<u64>, fetched: &[Block]) {
+    volume.stats.count_reads(|reads| {
+        let mut rest = u64::from(len_bytes);
+        for block in fetched {
+            // A read's share of its first and last block is less; the sum is what was read.
+            let share = (block.bytes.len() as u64).min(rest);
+            rest -= share;
+            match block.origin {
+                Origin::Zero => reads.zero_bytes += share,
+                Origin::Store => reads.store_bytes += share,
+                Origin::Wire | Origin::Joined | Origin::Shared => reads.wire_bytes += share,
+            }
+        }
+        let disk = &volume.disk;
+        let is_partial = |block: u64| !disk.bits().is_resident(BlockIndex(block));
+        if fetched.is_empty() && blocks.clone().any(is_partial) {
+            reads.partial_bytes += rest;
+        } else {
+            reads.resident_bytes += rest;
+        }
+        let _ = offset;
+    });
+}
+
+impl Volume {
+    /// A hint that a range will be read: absent blocks of it are fetched as readahead, as far as there is room for them.
+    pub fn prefetch(&self, offset: u64, len_bytes: u64) {
+        if self.is_complete() || len_bytes == 0 {
+            return;
+        }
+        let blocks = self.disk.blocks_of(offset, len_bytes);
+        fetch_ahead(self, blocks);
+    }
+
+    /// Runs of a range that are known to read as zeros (true) or may hold data (false). Absent blocks count as data unless
+    /// their page says that they are zero: absent is never zero.
+    pub async fn allocation(
+        &self,
+        offset: u64,
+        len_bytes: u64,
+        max_runs: usize,
+    ) -> Result<Vec<(u64, bool)>, VolumeError> {
+        let end = offset + len_bytes;
+        let is_complete = self.is_complete();
+        let pages = self.relocation().map(|relocation| Arc::clone(&relocation.pages));
+        let disk = Arc::clone(&self.disk);
+        self.on_disk(move || {
+            let mut runs: Vec<(u64, bool)> = Vec::new();
+            let mut at = offset;
+            while at < end && runs.len() <= max_runs {
+                let data = disk.image.next_data(at)?.filter(|data| data.start < end);
+                let (next, is_hole) = match &data {
+                    Some(data) if data.start <= at => (data.end.min(end), false),
+                    Some(data) => (data.start, true),
+                    None => (end, true),
+                };
+                if is_complete || !is_hole {
+                    push_run(&mut runs, next - at, is_hole);
+                    at = next;
+                    continue;
+                }
+                // A hole of the file where blocks may be absent: block by block.
+                while at < next && runs.len() <= max_runs {
+                    let block = disk.geometry.block_size.index_of(at);
+                    let block_end = disk.geometry.offset_of(BlockIndex(block.0 + 1)).min(next);
+                    let is_zero = disk.bits().is_resident(block)
+                        || pages.as_ref().is_some_and(|pages| pages.id_of(block) == Some(BlockId::ZERO));
+                    push_run(&mut runs, block_end - at, is_zero);
+                    at = block_end;
+                }
+            }
+            runs.truncate(max_runs);
+            Ok(runs)
+        })
+        .await
+    }
+}
+
+fn push_run(runs: &mut Vec<(u64, bool)>, len_bytes: u64, is_zero: bool) {
+    match runs.last_mut() {
+        Some((last, state)) if *state == is_zero => *last += len_bytes,
+        _ => runs.push((len_bytes, is_zero)),
+    }
+}
