@@ -244,40 +244,49 @@ fn a_limited_volume_does_not_pay_for_what_another_asks() {
     assert_eq!(sends(&mut scheduler).len(), 1);
 }
 
+/// A bound on bulk: of volume A, or of all together.
+type Limit = fn(&mut Scheduler, Now, Option<u64>);
+
+const BOTH_LIMITS: [Limit; 2] = [|s, now, rate| s.set_rate(now, A, rate), |s, now, rate| s.set_site_rate(now, rate)];
+
 #[test]
 fn guests_do_not_use_up_the_rate_of_bulk() {
-    let mut scheduler = two_volumes(Limits::default(), PEER_A);
-    scheduler.set_rate(T0, A, Some(1_000_000));
-    let now = T0 + Duration::from_millis(1);
-    scheduler.tick(now);
-    want(&mut scheduler, 0, at(A, 0), None, Class::Bulk);
-    scheduler.tick(now);
-    let (flight, ..) = sends(&mut scheduler)[0];
-    want(&mut scheduler, 1, at(A, 1), None, Class::Bulk);
-    assert!(scheduler.deadline().is_some_and(|deadline| deadline > now + Duration::from_millis(10)), "in debt");
-    // The guest wants it now: it is demand, and what bulk was charged for it is given back.
-    want(&mut scheduler, 2, at(A, 0), None, Class::Demand);
-    let actions = drain(&mut scheduler);
-    assert_eq!(actions[0], Action::Promote { flight, peer: PEER_A, class: Class::Demand });
-    assert!(matches!(actions[1..], [Action::Send { class: Class::Bulk, .. }]), "{actions:?}");
+    for limit in BOTH_LIMITS {
+        let mut scheduler = two_volumes(Limits::default(), PEER_A);
+        limit(&mut scheduler, T0, Some(1_000_000));
+        let now = T0 + Duration::from_millis(1);
+        scheduler.tick(now);
+        want(&mut scheduler, 0, at(A, 0), None, Class::Bulk);
+        scheduler.tick(now);
+        let (flight, ..) = sends(&mut scheduler)[0];
+        want(&mut scheduler, 1, at(A, 1), None, Class::Bulk);
+        assert!(scheduler.deadline().is_some_and(|deadline| deadline > now + Duration::from_millis(10)), "in debt");
+        // The guest wants it now: it is demand, and what bulk was charged for it is given back.
+        want(&mut scheduler, 2, at(A, 0), None, Class::Demand);
+        let actions = drain(&mut scheduler);
+        assert_eq!(actions[0], Action::Promote { flight, peer: PEER_A, class: Class::Demand });
+        assert!(matches!(actions[1..], [Action::Send { class: Class::Bulk, .. }]), "{actions:?}");
+    }
 }
 
 #[test]
 fn a_limit_counts_what_came_and_not_what_was_expected() {
-    let mut scheduler = two_volumes(Limits::default(), PEER_A);
-    scheduler.set_rate(T0, A, Some(1_000_000));
-    let now = T0 + Duration::from_millis(1);
-    for block in 0..3 {
-        want(&mut scheduler, block, at(A, block), None, Class::Bulk);
+    for limit in BOTH_LIMITS {
+        let mut scheduler = two_volumes(Limits::default(), PEER_A);
+        limit(&mut scheduler, T0, Some(1_000_000));
+        let now = T0 + Duration::from_millis(1);
+        for block in 0..3 {
+            want(&mut scheduler, block, at(A, block), None, Class::Bulk);
+        }
+        scheduler.tick(now);
+        let (flight, ..) = sends(&mut scheduler)[0];
+        scheduler.arrived(now, flight, 100);
+        assert_eq!(sends(&mut scheduler).len(), 1, "it shrank to nearly nothing");
+        // Debts of the old limit are not paid at the new one.
+        limit(&mut scheduler, now, Some(10_000_000));
+        scheduler.tick(now + Duration::from_millis(1));
+        assert_eq!(sends(&mut scheduler).len(), 1);
     }
-    scheduler.tick(now);
-    let (flight, ..) = sends(&mut scheduler)[0];
-    scheduler.arrived(now, flight, 100);
-    assert_eq!(sends(&mut scheduler).len(), 1, "it shrank to nearly nothing");
-    // Debts of the old limit are not paid at the new one.
-    scheduler.set_rate(now, A, Some(10_000_000));
-    scheduler.tick(now + Duration::from_millis(1));
-    assert_eq!(sends(&mut scheduler).len(), 1);
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! Many datagrams in one system call: `recvmmsg` and `sendmmsg`. All the unsafe code of this crate that touches
-//! memory is here. Must not know: the link, clients.
+//! Many datagrams in one system call: `recvmmsg` and `sendmmsg`. The unsafe code that hands buffers to the
+//! kernel is here. Must not know: the link, clients.
 //!
 //! UDP_GRO is never asked for, so the kernel hands over single datagrams even where the sender used segmentation
 //! offload.

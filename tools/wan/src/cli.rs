@@ -22,7 +22,7 @@ use crate::wan::{Wan, WanOptions};
     version,
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
-    after_help = "Example:\n  wan --listen 127.0.0.1:0 --to 127.0.0.1:4433 --rate 100Mbit/s --rtt 40ms --control unix:/tmp/wan.sock\n  \
+    after_help = "Example:\n  wan --to 127.0.0.1:4433 --rate 100Mbit/s --rtt 40ms --control unix:/tmp/wan.sock\n  \
                   wan ctl unix:/tmp/wan.sock cut"
 )]
 pub struct Cli {
