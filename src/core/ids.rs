@@ -19,11 +19,7 @@ impl BlockId {
 
     /// The id of a block's bytes: [`BlockId::ZERO`] when all of them are zero, their BLAKE3-256 otherwise.
     pub fn of(bytes: &[u8]) -> BlockId {
-        if is_zero(bytes) {
-            BlockId::ZERO
-        } else {
-            BlockId(*blake3::hash(bytes).as_bytes())
-        }
+        if is_zero(bytes) { BlockId::ZERO } else { BlockId(*blake3::hash(bytes).as_bytes()) }
     }
 
     /// Whether this is the flag for an all-zero block.

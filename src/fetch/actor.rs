@@ -83,11 +83,7 @@ struct Actor {
 }
 
 /// Runs until every [`super::Fetch`] is dropped.
-pub(super) async fn run(
-    limits: Limits,
-    lanes: StoreLanes,
-    mut inbox: UnboundedReceiver<Command>,
-) {
+pub(super) async fn run(limits: Limits, lanes: StoreLanes, mut inbox: UnboundedReceiver<Command>) {
     let mut actor = Actor {
         began: Instant::now(),
         scheduler: Scheduler::new(limits),
@@ -351,10 +347,7 @@ impl Actor {
         if let Some(expected) = volume.expected.filter(|expected| *expected != found) {
             let why = format!(
                 "it is no longer the image whose relocation was begun ({} bytes, generation {}; it was {} bytes, generation {})",
-                found.geometry.size_bytes,
-                found.generation,
-                expected.geometry.size_bytes,
-                expected.generation
+                found.geometry.size_bytes, found.generation, expected.geometry.size_bytes, expected.generation
             );
             let Some(peer) = self.peers.get(&volume.peer).map(|peer| peer.name.clone()) else { return };
             let error = FetchError::Inconsistent { peer, volume: volume.name.clone(), why };
@@ -445,7 +438,9 @@ impl Actor {
             Arrived::Block { flight, id, bytes, frame, wire_bytes, budget } => {
                 let flight = FlightId(flight);
                 if let Some(expected) = self.scheduler.id_of(flight).filter(|expected| *expected != id) {
-                    let why = format!("block {expected:?} was announced and {id:?} came: the image was changed at the source");
+                    let why = format!(
+                        "block {expected:?} was announced and {id:?} came: the image was changed at the source"
+                    );
                     self.refuse(now, flight, peer, Refusal::ImageChanged, why);
                     return;
                 }
@@ -485,8 +480,7 @@ impl Actor {
             Arrived::Page { flight, page, bytes, frame } => self.page_arrived(flight, page, &bytes, frame),
             Arrived::Roots { flight, first, entries } => {
                 let number = flight & !ASK_FLIGHTS;
-                let is_wanted =
-                    matches!(self.questions.get(&number), Some(Question { what: Ask::Roots(at, ..), .. }) if *at == first);
+                let is_wanted = matches!(self.questions.get(&number), Some(Question { what: Ask::Roots(at, ..), .. }) if *at == first);
                 if is_wanted
                     && let Some(Question { what: Ask::Roots(_, _, reply), .. }) = self.questions.remove(&number)
                 {
@@ -546,7 +540,8 @@ impl Actor {
         let mut asked_first = None;
         for waiter in landed.waiters {
             let Some(waiting) = self.waiters.remove(&waiter.id) else { continue };
-            let bytes = if origin == Origin::Zero { Bytes::from(vec![0; waiting.len_bytes as usize]) } else { bytes.clone() };
+            let bytes =
+                if origin == Origin::Zero { Bytes::from(vec![0; waiting.len_bytes as usize]) } else { bytes.clone() };
             let id = id.or(waiting.expected).unwrap_or_default();
             // Of a volume of another block size, or a lying source: an id that fits bytes of another length.
             if bytes.len() != waiting.len_bytes as usize {
@@ -710,7 +705,9 @@ fn forward(link: Arc<dyn Link>) -> UnboundedSender<Bytes> {
 impl Ask {
     fn fail(self, error: FetchError) {
         match self {
-            Ask::TakeOver(_, reply) | Ask::Completed(_, reply) | Ask::GiveBack(_, reply) => drop(reply.send(Err(error))),
+            Ask::TakeOver(_, reply) | Ask::Completed(_, reply) | Ask::GiveBack(_, reply) => {
+                drop(reply.send(Err(error)))
+            }
             Ask::Page(_, reply) => drop(reply.send(Err(error))),
             Ask::Roots(_, _, reply) => drop(reply.send(Err(error))),
         }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use tokio::sync::mpsc::{self, WeakUnboundedSender};
 use tokio::sync::Semaphore;
+use tokio::sync::mpsc::{self, WeakUnboundedSender};
 
 use super::{BULK_BUDGET_KIB, Budgeted, Command, PeerKey};
 use crate::core::frame::Frame;
@@ -25,12 +25,35 @@ const AT_A_TIME: usize = 16;
 /// A data message after its checks.
 pub(super) enum Arrived {
     /// A block whose bytes have this id.
-    Block { flight: u64, id: BlockId, bytes: Bytes, frame: Option<Frame>, wire_bytes: u64, budget: Budgeted },
+    Block {
+        flight: u64,
+        id: BlockId,
+        bytes: Bytes,
+        frame: Option<Frame>,
+        wire_bytes: u64,
+        budget: Budgeted,
+    },
     /// A block whose bytes do not: a damaged or lying source.
-    Damaged { flight: u64, why: String },
-    Failed { flight: u64, refusal: Refusal, why: String },
-    Page { flight: u64, page: PageIndex, bytes: Bytes, frame: Frame },
-    Roots { flight: u64, first: PageIndex, entries: Vec<RootEntry> },
+    Damaged {
+        flight: u64,
+        why: String,
+    },
+    Failed {
+        flight: u64,
+        refusal: Refusal,
+        why: String,
+    },
+    Page {
+        flight: u64,
+        page: PageIndex,
+        bytes: Bytes,
+        frame: Frame,
+    },
+    Roots {
+        flight: u64,
+        first: PageIndex,
+        entries: Vec<RootEntry>,
+    },
 }
 
 /// Follows a peer through its connections until the fetcher is gone.

@@ -267,14 +267,7 @@ impl Fetch {
     }
 
     /// Wants a block. Dropping the answer gives the want up.
-    pub fn want(
-        &self,
-        key: VolumeKey,
-        block: BlockIndex,
-        id: Option<BlockId>,
-        class: Class,
-        len_bytes: u32,
-    ) -> Wanted {
+    pub fn want(&self, key: VolumeKey, block: BlockIndex, id: Option<BlockId>, class: Class, len_bytes: u32) -> Wanted {
         let waiter = WaiterId(self.inner.next_waiter.fetch_add(1, Ordering::Relaxed));
         let (reply, answer) = oneshot::channel();
         let place = Place { volume: key, block };

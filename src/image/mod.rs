@@ -89,9 +89,8 @@ impl Image {
     pub fn read_cached_at(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), ImageError>> {
         let vector = nix::libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
         // SAFETY: one vector over `buf`, which is exclusively ours during the call, on a descriptor that `self` keeps open.
-        let count = unsafe {
-            nix::libc::preadv2(self.file.as_raw_fd(), &vector, 1, offset as i64, nix::libc::RWF_NOWAIT)
-        };
+        let count =
+            unsafe { nix::libc::preadv2(self.file.as_raw_fd(), &vector, 1, offset as i64, nix::libc::RWF_NOWAIT) };
         // Less than all: the rest is not cached, or the file was truncated; the ordinary read finds out.
         (count == buf.len() as isize).then_some(Ok(()))
     }
@@ -189,12 +188,8 @@ impl Image {
     /// does not push everything else out of the page cache. Advice only.
     pub fn forget_cached(&self, range: Range<u64>) {
         let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
-        let _ = nix::fcntl::posix_fadvise(
-            self.file.as_fd(),
-            range.start as i64,
-            (range.end - range.start) as i64,
-            advice,
-        );
+        let _ =
+            nix::fcntl::posix_fadvise(self.file.as_fd(), range.start as i64, (range.end - range.start) as i64, advice);
     }
 
     /// The descriptor, for drivers that submit I/O by other means.

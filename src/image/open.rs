@@ -49,8 +49,7 @@ impl Image {
         }
         let options = OpenOptions::new().read(true).write(true).create_new(true).to_owned();
         let file = open(path, &options, "writing")?;
-        let image =
-            Image { file, path: path.to_owned(), size_bytes, is_block_device: false, is_writable: true };
+        let image = Image { file, path: path.to_owned(), size_bytes, is_block_device: false, is_writable: true };
         image.lock()?;
         let made = image.file.set_len(size_bytes).and_then(|()| image.file.sync_all()).and_then(|()| {
             // The name has to survive a power loss as well as the content does.
@@ -68,8 +67,7 @@ impl Image {
 
     fn examine(mut file: File, path: &Path, is_writable: bool) -> Result<Image, ImageError> {
         let not_an_image = |what: &str| ImageError::NotAnImage { path: path.to_owned(), what: what.to_owned() };
-        let unreadable =
-            |source| ImageError::Unreadable { path: path.to_owned(), purpose: "reading", source };
+        let unreadable = |source| ImageError::Unreadable { path: path.to_owned(), purpose: "reading", source };
         let kind = file.metadata().map_err(unreadable)?.file_type();
         if kind.is_dir() {
             return Err(not_an_image("is a folder"));
@@ -89,13 +87,7 @@ impl Image {
                 return Err(not_an_image("is a qcow2 or vmdk container, not a raw image (qemu-img convert makes one)"));
             }
         }
-        Ok(Image {
-            file,
-            path: path.to_owned(),
-            size_bytes,
-            is_block_device: kind.is_block_device(),
-            is_writable,
-        })
+        Ok(Image { file, path: path.to_owned(), size_bytes, is_block_device: kind.is_block_device(), is_writable })
     }
 
     /// flock against other daemons; the locks of QEMU (open file description locks) are looked at, not taken, so that
@@ -117,7 +109,9 @@ impl Image {
 
 fn open(path: &Path, options: &OpenOptions, purpose: &'static str) -> Result<File, ImageError> {
     options.open(path).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound if path.parent().is_some_and(|folder| !folder.as_os_str().is_empty() && !folder.exists()) => {
+        io::ErrorKind::NotFound
+            if path.parent().is_some_and(|folder| !folder.as_os_str().is_empty() && !folder.exists()) =>
+        {
             ImageError::Unreadable {
                 path: path.to_owned(),
                 purpose,

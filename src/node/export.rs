@@ -8,12 +8,15 @@ use bytes::Bytes;
 use crate::nbd::{BoxFuture, ContextIndex, Export, Exports, Extent, NbdErrno, OpenError, ReadData, ZeroFlags};
 use crate::volume::{Volume, VolumeError};
 
+/// A volume and the counter of its clients, or why it cannot be served now.
+pub type Found = Result<(Arc<Volume>, Arc<AtomicU32>), String>;
+
 /// Finds volumes by the name that a client asks for.
 pub trait Served: Send + Sync + 'static {
     /// Names of all volumes that can be served.
     fn names(&self) -> Vec<String>;
-    /// The volume of that name and the counter of its clients, or why it cannot be served now.
-    fn find(&self, name: &str) -> Option<Result<(Arc<Volume>, Arc<AtomicU32>), String>>;
+    /// The volume of that name, if there is one.
+    fn find(&self, name: &str) -> Option<Found>;
 }
 
 /// A site's volumes, as the NBD server sees them.
@@ -71,7 +74,8 @@ impl Export for VolumeExport {
 
     fn read(&self, offset: u64, len_bytes: u32) -> BoxFuture<'_, Result<ReadData, NbdErrno>> {
         Box::pin(async move {
-            let bytes = self.volume.read(offset, len_bytes).await.map_err(|error| self.errno("READ", offset, &error))?;
+            let bytes =
+                self.volume.read(offset, len_bytes).await.map_err(|error| self.errno("READ", offset, &error))?;
             Ok(ReadData::One(bytes))
         })
     }

@@ -32,7 +32,7 @@ use crate::transport::{Endpoint, EndpointOptions, Identity, KeepConnected, PeerT
 use crate::volume::Volume;
 use crate::workers::Workers;
 
-use export::{Served, VolumeExports};
+use export::{Found, Served, VolumeExports};
 use record::{Ownership, Records, VolumeRecord};
 
 /// How long clients' requests and peers' connections may take to end at a shutdown.
@@ -105,7 +105,12 @@ pub async fn serve(config: Config, mut stopped: watch::Receiver<bool>, ready: im
     let control = tokio::spawn(control.serve(site, async move {
         let _ = control_stopped.wait_for(|stop| *stop).await;
     }));
-    let mut line = format!("ready site={} peer={} control={}", node.config.site.name, node.endpoint.local_addr()?, control_socket.display());
+    let mut line = format!(
+        "ready site={} peer={} control={}",
+        node.config.site.name,
+        node.endpoint.local_addr()?,
+        control_socket.display()
+    );
     for addr in nbd.iter().flat_map(NbdServer::local_addrs) {
         line.push_str(&format!(" nbd={addr}"));
     }
@@ -211,13 +216,7 @@ impl Node {
         };
         while let Some(new) = self.endpoint.accept().await {
             let catalog = Arc::clone(&self) as Arc<dyn crate::source::Catalog>;
-            tokio::spawn(serve_link(
-                new,
-                catalog,
-                self.hasher.clone(),
-                self.cpu_workers.clone(),
-                options.clone(),
-            ));
+            tokio::spawn(serve_link(new, catalog, self.hasher.clone(), self.cpu_workers.clone(), options.clone()));
         }
     }
 
@@ -229,11 +228,8 @@ impl Node {
         let address: &HostPort = peer.address.as_ref()?;
         let mut links = self.links.lock();
         if let std::collections::hash_map::Entry::Vacant(place) = links.entry(key) {
-            let target = PeerTarget {
-                name: peer.name.clone(),
-                address: address.to_string(),
-                fingerprint: peer.fingerprint,
-            };
+            let target =
+                PeerTarget { name: peer.name.clone(), address: address.to_string(), fingerprint: peer.fingerprint };
             let (new_links, keeper) = keep_connected(self.endpoint.clone(), target);
             let site = self.config.site.name.clone();
             self.fetch.add_peer(key, peer.name.clone(), site, new_links, self.cpu_workers.clone());
@@ -296,14 +292,16 @@ impl Served for Node {
         self.volumes.lock().keys().map(Name::to_string).collect()
     }
 
-    fn find(&self, name: &str) -> Option<Result<(Arc<Volume>, Arc<AtomicU32>), String>> {
+    fn find(&self, name: &str) -> Option<Found> {
         let entry = self.entry(&name.parse().ok()?)?;
         let state = entry.record.lock().state.clone();
         match state {
             Ownership::Arriving { is_taken: false, from, .. } => {
                 Some(Err(format!("{from} has not handed it over yet")))
             }
-            Ownership::Arriving { is_given_back: true, from, .. } => Some(Err(format!("it is being given back to {from}"))),
+            Ownership::Arriving { is_given_back: true, from, .. } => {
+                Some(Err(format!("it is being given back to {from}")))
+            }
             _ => Some(Ok((Arc::clone(&entry.volume), Arc::clone(&entry.clients)))),
         }
     }

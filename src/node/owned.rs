@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-
 use super::record::{Ownership, RecordError, VolumeRecord};
 use super::{Entry, Node};
 use crate::control::{AddVolume, ApiError, ErrorKind};
@@ -30,9 +29,8 @@ impl Node {
     /// Takes an image into ownership.
     pub(super) async fn add_owned(self: &Arc<Self>, add: AddVolume) -> Result<(), ApiError> {
         let _reserved = self.reserve(&add.name)?;
-        let image = open_image(&add.image).map_err(|error| {
-            ApiError::new(ErrorKind::Invalid, format!("volume {}: {error}", add.name), "")
-        })?;
+        let image = open_image(&add.image)
+            .map_err(|error| ApiError::new(ErrorKind::Invalid, format!("volume {}: {error}", add.name), ""))?;
         self.refuse_shared_image(&add.name, &add.image)?;
         let block_size = u64::from(self.config.store.block_size.bytes());
         let geometry = Geometry::new(image.size_bytes(), block_size)
@@ -138,7 +136,8 @@ impl Node {
     pub(super) fn renew_source(&self, entry: &Entry) -> Result<(), SourceError> {
         let record = entry.record.lock().clone();
         let image = Arc::clone(entry.volume.image());
-        let manifest = Manifest::open(record.name.clone(), Arc::clone(&image), record.geometry, Arc::clone(&self.state))?;
+        let manifest =
+            Manifest::open(record.name.clone(), Arc::clone(&image), record.geometry, Arc::clone(&self.state))?;
         let source = Arc::new(SourceVolume {
             name: record.name,
             image,
@@ -213,7 +212,10 @@ impl Drop for Reserved {
 fn open_image(path: &Path) -> Result<Image, ImageError> {
     match Image::open_write(path) {
         Err(ImageError::Unreadable { source, .. })
-            if matches!(source.kind(), std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem) =>
+            if matches!(
+                source.kind(),
+                std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
+            ) =>
         {
             Image::open_read(path)
         }
@@ -228,4 +230,3 @@ pub(super) fn no_such_volume(name: &Name) -> ApiError {
         "`blockferry volume list` shows what there is",
     )
 }
-

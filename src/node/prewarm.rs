@@ -81,12 +81,7 @@ impl Node {
     }
 }
 
-fn fill(
-    store: &dyn Store,
-    image: &Image,
-    block_size: BlockSize,
-    status: &Mutex<PrewarmStatus>,
-) -> Result<(), String> {
+fn fill(store: &dyn Store, image: &Image, block_size: BlockSize, status: &Mutex<PrewarmStatus>) -> Result<(), String> {
     let block_bytes = u64::from(block_size.bytes());
     let before = image.stamp().map_err(|error| error.to_string())?;
     let mut at = 0;

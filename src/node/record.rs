@@ -85,7 +85,9 @@ pub enum RecordError {
     #[error(transparent)]
     State(#[from] StateError),
     /// A row of another version, or damaged.
-    #[error("the record of volume {volume} in the state database cannot be read: {why}; update blockferry or restore the state database")]
+    #[error(
+        "the record of volume {volume} in the state database cannot be read: {why}; update blockferry or restore the state database"
+    )]
     Unreadable {
         /// Whose.
         volume: String,

@@ -68,7 +68,8 @@ impl Node {
             },
         );
         let internal = |error: String| ApiError::new(ErrorKind::Internal, format!("volume {name}: {error}"), "");
-        let volume = Volume::relocating(self.parts(&record, image, false), true).map_err(|e| internal(e.to_string()))?;
+        let volume =
+            Volume::relocating(self.parts(&record, image, false), true).map_err(|e| internal(e.to_string()))?;
         // From here on a crash finds the intent: after the restart the source is asked again.
         self.records.save(&record).map_err(|error| internal(error.to_string()))?;
         let mut closing = closing;

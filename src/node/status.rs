@@ -140,7 +140,10 @@ impl Node {
                 (Phase::Connecting, format!("waiting for {from} to hand it over"))
             }
             Ownership::Arriving { from, with_bulk, .. } => {
-                let bulk = entry.volume.relocation().map(|relocation| (relocation.bulk().state(), relocation.bulk().is_paused()));
+                let bulk = entry
+                    .volume
+                    .relocation()
+                    .map(|relocation| (relocation.bulk().state(), relocation.bulk().is_paused()));
                 let down = view.filter(|view| !view.is_up);
                 match bulk {
                     Some((BulkState::Failed(why), _)) => (Phase::Failed, why),
@@ -150,7 +153,9 @@ impl Node {
                         (Phase::Stalled, format!("{from} cannot be reached: {why}"))
                     }
                     Some((_, true)) => (Phase::Paused, "paused by hand; `resume` lets it go on".into()),
-                    _ if !with_bulk => (Phase::Copying, "without a background copy: blocks come when they are read".into()),
+                    _ if !with_bulk => {
+                        (Phase::Copying, "without a background copy: blocks come when they are read".into())
+                    }
                     _ => (Phase::Copying, String::new()),
                 }
             }

@@ -45,11 +45,7 @@ fn run(queue: &Receiver<Job>) {
     crate::workers::yield_to_guests();
     let mut background: Vec<(Weak<SourceVolume>, PageIndex)> = Vec::new();
     loop {
-        let job = if background.is_empty() {
-            queue.recv().map_err(|_| ())
-        } else {
-            queue.try_recv().map_err(|_| ())
-        };
+        let job = if background.is_empty() { queue.recv().map_err(|_| ()) } else { queue.try_recv().map_err(|_| ()) };
         match job {
             Ok(Job::Page(volume, page, reply)) => {
                 if !reply.is_closed() {

@@ -273,7 +273,11 @@ impl Volume {
         let (disk, observer) = (Arc::clone(&self.disk), self.observer.read().clone());
         self.on_disk_as_observed(observer, range.clone(), move || {
             let _admitted = admitted;
-            if is_complete { disk.image.write_zeroes(offset, len_bytes, may_punch) } else { zero(&disk, &range, may_punch) }
+            if is_complete {
+                disk.image.write_zeroes(offset, len_bytes, may_punch)
+            } else {
+                zero(&disk, &range, may_punch)
+            }
         })
         .await?;
         if fua { self.flush().await } else { Ok(()) }

@@ -351,6 +351,13 @@ impl Scheduler {
             state.waiters.push(waiter);
             self.by_waiter.insert(want.waiter, flight);
             self.joined += 1;
+            // Asked for by its position before its page was here: from now on others find it by its content, too.
+            if let (None, Some(id)) = (state.id, want.id)
+                && !self.by_id.contains_key(&id)
+            {
+                state.id = Some(id);
+                self.by_id.insert(id, flight);
+            }
             let is_new_queue = state.places.iter().all(|place| place.volume != want.place.volume);
             let is_new_place = !state.places.contains(&want.place) && !state.refused.contains(&want.place);
             if is_new_place {
@@ -494,7 +501,11 @@ impl Scheduler {
         // Only for those that wait for nothing but a token: any other deadline would lie in the past, again and again.
         let paced = self.volumes.iter().filter_map(|(volume, pace)| {
             let waits = |queues: &PeerQueues| queues.is_up && queues.has_bulk_room() && queues.has_bulk_of(*volume);
-            if self.peers.get(&pace.peer).is_some_and(waits) { pace.next_token().max(self.site.next_token()) } else { None }
+            if self.peers.get(&pace.peer).is_some_and(waits) {
+                pace.next_token().max(self.site.next_token())
+            } else {
+                None
+            }
         });
         retry.into_iter().chain(paced).min()
     }

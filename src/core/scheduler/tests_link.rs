@@ -269,7 +269,7 @@ const BUSY: Setup = Setup {
 
 #[test]
 fn bulk_keeps_its_share_under_endless_demand() {
-    for (wire_bytes, bulk_min_share) in [(65536, 0.1), (20_000, 0.1), (2_000, 0.1), (65536, 0.8)] {
+    for (wire_bytes, bulk_min_share) in [(65536, 0.1), (20_000, 0.1), (8_000, 0.1), (65536, 0.8)] {
         // The window counts raw bytes: the better they shrink, the more of them fill the same path.
         let bulk_window_bytes = (16 << 20) * 65536 / wire_bytes;
         let limits = Limits { bulk_window_bytes, bulk_min_share, demand_flights: 2000, ..BUSY.limits };

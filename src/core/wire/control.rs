@@ -91,7 +91,10 @@ impl Control {
                 out.put_u64_le(page.0);
             }
             Control::Wants(wants) => {
-                assert!(wants.len() <= MAX_WANTS_PER_FRAME, "wants are sent in frames of at most {MAX_WANTS_PER_FRAME}");
+                assert!(
+                    wants.len() <= MAX_WANTS_PER_FRAME,
+                    "wants are sent in frames of at most {MAX_WANTS_PER_FRAME}"
+                );
                 out.reserve(3 + wants.len() * 21);
                 out.put_u8(0x14);
                 out.put_u16_le(wants.len() as u16);
@@ -181,12 +184,7 @@ impl Control {
             }
             0x10 => Control::Open { request: r.u32()?, volume: r.name()? },
             0x11 => Control::TakeOver { request: r.u32()?, handle: r.u32()?, epoch: r.u64()? },
-            0x12 => Control::Roots {
-                flight: r.u64()?,
-                handle: r.u32()?,
-                first: PageIndex(r.u64()?),
-                count: r.u32()?,
-            },
+            0x12 => Control::Roots { flight: r.u64()?, handle: r.u32()?, first: PageIndex(r.u64()?), count: r.u32()? },
             0x13 => Control::Page { flight: r.u64()?, handle: r.u32()?, page: PageIndex(r.u64()?) },
             0x14 => {
                 let count = usize::from(r.u16()?);
@@ -209,16 +207,13 @@ impl Control {
             0x90 => {
                 let (request, handle) = (r.u32()?, r.u32()?);
                 let (size_bytes, block_size) = (r.u64()?, r.u32()?);
-                let geometry =
-                    Geometry::new(size_bytes, u64::from(block_size)).map_err(|_| r.bad("geometry"))?;
+                let geometry = Geometry::new(size_bytes, u64::from(block_size)).map_err(|_| r.bad("geometry"))?;
                 Control::Opened { request, handle, geometry, generation: r.u64()?, epoch: r.u64()? }
             }
             0x91 => Control::Done { request: r.u32()?, epoch: r.u64()? },
-            _ => Control::Refused {
-                request: r.u32()?,
-                refusal: refusal(&mut r)?,
-                why: r.text(MAX_TEXT_BYTES, "text")?,
-            },
+            _ => {
+                Control::Refused { request: r.u32()?, refusal: refusal(&mut r)?, why: r.text(MAX_TEXT_BYTES, "text")? }
+            }
         };
         r.end(value)
     }
