@@ -3,8 +3,8 @@
 //!
 //! Each connection has [`RESERVE_BYTES`] of its own. Beyond that it draws from the pool, but never more than what stays
 //! free for the others (the "dynamic threshold" of shared switch buffers: Choudhury and Hahne, 1998): one greedy client
-//! gets half, the second a third of the whole, and so on, and something is always left. Who holds nothing from the pool may
-//! draw whatever is free, so that a single large request is not refused for ever.
+//! gets half, the second a third of the whole, and so on, and something is always left. Who holds nothing from the pool
+//! may draw whatever is free, so that a single large request is not refused for ever.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -45,13 +45,15 @@ pub enum ListenError {
     #[error("there is no address to serve NBD on: name at least one in [nbd] listen")]
     NoAddress,
     /// Somebody listens there.
-    #[error("cannot serve NBD on {}: another process listens there; stop it, or choose another path in [nbd] listen", path.display())]
+    #[error("cannot serve NBD on {}: another process listens there; stop it, or \
+             choose another path in [nbd] listen", path.display())]
     InUse {
         /// The path.
         path: PathBuf,
     },
     /// The path is taken by something that is no socket.
-    #[error("cannot serve NBD on {}: a file that is no socket is there, and is left alone; choose another path in [nbd] listen", path.display())]
+    #[error("cannot serve NBD on {}: a file that is no socket is there, and is left alone; \
+             choose another path in [nbd] listen", path.display())]
     NotASocket {
         /// The path.
         path: PathBuf,
@@ -134,8 +136,8 @@ impl Drop for SocketFile {
 }
 
 /// Removes a socket's file that was left by a process that is gone. Two starters at the same moment can both find it
-/// stale; then the second's `bind` fails, or the first loses its file and is unreachable: the same race that every server
-/// without a lock file has, and the daemon locks its state directory.
+/// stale; then the second's `bind` fails, or the first loses its file and is unreachable: the same race that every
+/// server without a lock file has, and the daemon locks its state directory.
 fn clear_stale(path: &Path) -> Result<(), ListenError> {
     let io_error = |source| ListenError::Io { address: path.display().to_string(), source };
     let metadata = match std::fs::symlink_metadata(path) {

@@ -31,8 +31,8 @@ pub use crate::core::nbd::{ContextIndex, Extent, NbdErrno, ZeroFlags};
 pub use listen::{ListenError, NbdAddr, NbdListen};
 pub use server::{NbdLimits, NbdServer};
 
-/// A disk as NBD clients see it. Every range that a method is given lies within [`Export::size_bytes`] and is not empty:
-/// the caller has checked. Requests run concurrently and in no order; the order that clients rely on is that of
+/// A disk as NBD clients see it. Every range that a method is given lies within [`Export::size_bytes`] and is not
+/// empty: the caller has checked. Requests run concurrently and in no order; the order that clients rely on is that of
 /// [`Export::flush`].
 ///
 /// The futures are polled on the thread of their client, inside a runtime that ends with the connection: what has to
@@ -51,8 +51,8 @@ pub trait Export: Send + Sync + 'static {
     /// The size at which requests are efficient: a power of two from 512 to 64 KiB.
     fn preferred_block_bytes(&self) -> u32;
 
-    /// The names of the metadata contexts, such as `base:allocation`; a [`ContextIndex`] is a position in this list, which
-    /// has to be the same each time.
+    /// The names of the metadata contexts, such as `base:allocation`; a [`ContextIndex`] is a position in this list,
+    /// which has to be the same each time.
     fn contexts(&self) -> Vec<String> {
         vec![crate::core::nbd::wire::BASE_ALLOCATION.to_owned()]
     }
@@ -60,8 +60,8 @@ pub trait Export: Send + Sync + 'static {
     /// Reads `len_bytes` (at most 32 MiB) from `offset`. The future is dropped unfinished when the client has gone.
     fn read(&self, offset: u64, len_bytes: u32) -> BoxFuture<'_, Result<ReadData, NbdErrno>>;
 
-    /// Writes `data` (at most 32 MiB) at `offset`; with `fua`, returns when it is durable. Not dropped unfinished, except
-    /// where a shutdown runs out of time; the same holds for the other methods that change something.
+    /// Writes `data` (at most 32 MiB) at `offset`; with `fua`, returns when it is durable. Not dropped unfinished,
+    /// except where a shutdown runs out of time; the same holds for the other methods that change something.
     fn write(&self, offset: u64, data: Bytes, fua: bool) -> BoxFuture<'_, Result<(), NbdErrno>>;
 
     /// Returns when everything is durable that was acknowledged before the call, on whatever connection: all exports
@@ -85,8 +85,9 @@ pub trait Export: Send + Sync + 'static {
     /// A hint that the range will be read; may return before it has been fetched.
     fn cache(&self, offset: u64, len_bytes: u64) -> BoxFuture<'_, Result<(), NbdErrno>>;
 
-    /// The extents of `context` from `offset` on, consecutive, at most `max_extents`, covering at most about `len_bytes`;
-    /// fewer than would cover it are fine. See [`crate::core::nbd::fit_extents`] for what need not be perfect.
+    /// The extents of `context` from `offset` on, consecutive, at most `max_extents`, covering at most about
+    /// `len_bytes`; fewer than would cover it are fine. See [`crate::core::nbd::fit_extents`] for what need not be
+    /// perfect.
     fn extents(
         &self,
         context: ContextIndex,

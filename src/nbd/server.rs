@@ -22,8 +22,8 @@ use super::transmission::Transmission;
 pub struct NbdLimits {
     /// Connections in transmission; more are closed when they come.
     pub max_connections: usize,
-    /// Connections in the handshake; when there are more, the oldest is closed, so that clients that never finish theirs
-    /// keep out nobody.
+    /// Connections in the handshake; when there are more, the oldest is closed, so that clients that never finish
+    /// theirs keep out nobody.
     pub max_handshakes: usize,
     /// How long a handshake may take.
     pub handshake_timeout: Duration,
@@ -31,7 +31,8 @@ pub struct NbdLimits {
     pub max_requests: usize,
     /// The most payload of requests in flight that one connection may hold, in bytes.
     pub connection_bytes: u64,
-    /// The same for all connections together, in bytes; at least 64 MiB, so that the largest request fits beside others.
+    /// The same for all connections together, in bytes; at least 64 MiB, so that the largest request fits beside
+    /// others.
     pub total_bytes: u64,
     /// How long requests in flight may take at shutdown.
     pub shutdown_grace: Duration,
@@ -74,8 +75,8 @@ struct Shared {
 }
 
 impl NbdServer {
-    /// Listens on all of `listeners` or on none, and serves `exports` from then on, on the runtime that this is called in
-    /// (handshakes) and on a thread for each client in transmission.
+    /// Listens on all of `listeners` or on none, and serves `exports` from then on, on the runtime that this is called
+    /// in (handshakes) and on a thread for each client in transmission.
     pub async fn listen(
         listeners: &[NbdListen],
         exports: Arc<dyn Exports>,

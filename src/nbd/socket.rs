@@ -120,8 +120,9 @@ impl Socket {
         }
     }
 
-    /// Ends the connection so that the client gets what was sent: closing a TCP socket with unread input would reset it,
-    /// and the last replies with it. So: say that nothing more comes, then wait for the client to close, but not long.
+    /// Ends the connection so that the client gets what was sent: closing a TCP socket with unread input would reset
+    /// it, and the last replies with it. So: say that nothing more comes, then wait for the client to close, but not
+    /// long.
     pub(super) async fn close(mut self, linger: Duration) {
         let shut = match &mut self {
             Socket::Unix(stream) => stream.shutdown().await,

@@ -1,8 +1,8 @@
 //! The transmission phase of one connection: one task that reads requests, runs them, and sends replies in the order in
 //! which they are ready. Must not know what an export is made of.
 //!
-//! Everything happens in [`Transmission::poll`], which moves what can be moved in each direction and returns when all of
-//! it has to wait. So a request that the export answers at once costs no task, no channel and no allocation, and the
+//! Everything happens in [`Transmission::poll`], which moves what can be moved in each direction and returns when all
+//! of it has to wait. So a request that the export answers at once costs no task, no channel and no allocation, and the
 //! replies to all requests that came in one segment leave in one system call.
 //!
 //! What a client can make this hold: its requests in flight (bounded in number, their payloads by [`Share`]), replies
@@ -141,8 +141,8 @@ impl Transmission {
     /// Serves until the client or `stop` ends it, then answers what is in flight and closes.
     ///
     /// "On a server shutdown, the server SHOULD wait for inflight requests to be serviced prior to initiating a hard
-    /// disconnect." Requests that were not read from the socket yet are not answered with NBD_ESHUTDOWN: the guest would
-    /// see an I/O error, where a client that reconnects just sends them again.
+    /// disconnect." Requests that were not read from the socket yet are not answered with NBD_ESHUTDOWN: the guest
+    /// would see an I/O error, where a client that reconnects just sends them again.
     pub(super) async fn run(mut self, stop: tokio_util::sync::CancellationToken) {
         tracing::debug!(peer = %self.peer, export = %self.name, style = ?self.session.style, "nbd client connected");
         let running = tokio::select! {
@@ -418,8 +418,9 @@ impl Transmission {
     /// A request has been parsed, its header taken from the input.
     fn begin(&mut self, request: Request) {
         match request.command {
-            // "The server MUST handle all outstanding requests, shut down the TLS session (if one is running), and close
-            // the TCP session. A client MUST NOT send anything to the server after sending an NBD_CMD_DISC command."
+            // "The server MUST handle all outstanding requests, shut down the TLS session (if one is running), and
+            // close the TCP session. A client MUST NOT send anything to the server after sending an NBD_CMD_DISC
+            // command."
             Command::Disconnect => self.finish(End::Disconnected),
             Command::Read { offset, len_bytes, dont_fragment } => {
                 self.input_step_bytes = INPUT_BYTES;

@@ -71,9 +71,9 @@ const SLOW_START_SAMPLES: u32 = 10;
 const MIN_WINDOW_PACKETS: u64 = 4;
 /// The largest window: more than the send window never is in flight.
 const MAX_WINDOW_BYTES: u64 = SEND_WINDOW_BYTES as u64;
-/// The first window in packets. RFC 6928 allows 10 of TCP; the packets are paced here, and a first demand reply of 64 KiB
-/// then takes two round trips, not three.
-const INITIAL_WINDOW_PACKETS: u64 = 32;
+/// The first window in packets. RFC 6928 allows 10 of TCP; the packets are paced here, and the first demand reply of 64 KiB
+/// then takes one round trip, not three.
+const INITIAL_WINDOW_PACKETS: u64 = 64;
 
 /// The state machine. Feed it every acknowledgement and loss; [`DelayControl::window`] is the answer.
 #[derive(Debug, Clone)]
@@ -238,9 +238,7 @@ impl DelayControl {
         keep_smaller(&mut self.look.min, rtt, sent);
         self.look.samples += 1;
         round.ends |= sent >= round.start;
-        // A round that doubles began with half of what it ends with, and the round before delivered half of that.
-        let used = self.window <= self.latest_acked * 4 + Self::initial_window(self.mtu);
-        if self.phase == Phase::SlowStart && !idle && used {
+        if self.phase == Phase::SlowStart && self.may_double(idle) {
             self.window += bytes;
             if self.window >= self.slow_start_limit {
                 self.phase = Phase::Steady;
@@ -312,6 +310,16 @@ impl DelayControl {
 
     fn min_window(&self) -> u64 {
         MIN_WINDOW_PACKETS * self.mtu
+    }
+
+    /// Whether slow start may go on: the window is in use.
+    fn may_double(&self, idle: bool) -> bool {
+        // Replies with pauses between them may have twice the window that they fill: the pacer spreads a window over most
+        // of a round trip, so that a short one delays even what fits.
+        let fills_half = self.window < self.round.acked.max(self.latest_acked) * 2;
+        // A round that doubles began with half of what it ends with, and the round before delivered half of that.
+        let doubles = self.window <= self.latest_acked * 4 + Self::initial_window(self.mtu);
+        fills_half || (!idle && doubles)
     }
 
     /// Ends slow start as soon as a queue stands: HyStart++ with its eighth of the base, within 4 to 16 ms. Twice in a row

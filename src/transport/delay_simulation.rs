@@ -14,9 +14,9 @@ const WIRE_PACKET: u64 = PACKET + 28;
 /// Payload of a stream frame in such a packet.
 const STREAM_BYTES: u64 = 1420;
 const DEMAND_PACKETS: u32 = (64 * 1024_u64).div_ceil(STREAM_BYTES) as u32;
-/// What the endpoint asks of its peer: an acknowledgement for every eleventh packet or after 5 ms.
-const ACK_EVERY: u32 = 11;
-const ACK_DELAY_NS: u64 = 5_000_000;
+/// What the endpoint asks of its peer: an acknowledgement for every eighth packet or after 3 ms.
+const ACK_EVERY: u32 = 8;
+const ACK_DELAY_NS: u64 = 3_000_000;
 const MS: u64 = 1_000_000;
 const SECOND: u64 = 1_000 * MS;
 

@@ -18,12 +18,12 @@ const KEEP_ALIVE: Duration = Duration::from_secs(2);
 const INITIAL_RTT: Duration = Duration::from_millis(100);
 /// The kernel's default of 208 KiB lost thousands of packets at 1 Gbit/s where this lost none; quinn leaves it alone.
 const SOCKET_BUFFER_BYTES: usize = 8 << 20;
-/// An acknowledgement for every eleventh packet (quinn sends one when *more* than this arrived) instead of every second:
-/// the way back is the guest's way, too. Losses are still reported at once.
-const ACK_AFTER_PACKETS: u32 = 10;
-/// ... or after this, the end of a reply included. Short against any WAN; the congestion control takes it for queue, but
-/// only where less than eleven packets come in 5 ms.
-const ACK_AFTER: Duration = Duration::from_millis(5);
+/// An acknowledgement for every eighth packet (quinn sends one when *more* than this arrived) instead of every second: the
+/// way back is the guest's way, too. Losses are still reported at once. Less than the ten packets that quinn's pacer sends in
+/// one go: else every such burst waits for the timer below, and the congestion control takes that for a queue.
+const ACK_AFTER_PACKETS: u32 = 7;
+/// ... or after this, the end of a reply included: less than the target queue of the congestion control.
+const ACK_AFTER: Duration = Duration::from_millis(3);
 
 /// quinn's settings for a connection.
 pub(super) fn transport_config(options: &EndpointOptions) -> TransportConfig {

@@ -3,13 +3,13 @@
 /// The longest string: "MUST be no longer than 4096 bytes".
 pub const MAX_STRING_BYTES: usize = 4096;
 
-/// The most option data that is taken in: room for the longest name and several hundred queries. A client that announces
-/// more is disconnected ("if a server believes a client's behaviour constitutes a denial of service, it MAY initiate a
-/// hard disconnect"); nothing is allocated for it.
+/// The most option data that is taken in: room for the longest name and several hundred queries. A client that
+/// announces more is disconnected ("if a server believes a client's behaviour constitutes a denial of service, it MAY
+/// initiate a hard disconnect"); nothing is allocated for it.
 pub const MAX_OPTION_BYTES: usize = 64 << 10;
 
-/// The largest payload of a READ or a WRITE: "any payload not exceeding 2^25 (33,554,432) bytes SHOULD NOT be considered
-/// a denial of service attack".
+/// The largest payload of a READ or a WRITE: "any payload not exceeding 2^25 (33,554,432) bytes SHOULD NOT be
+/// considered a denial of service attack".
 pub const MAX_PAYLOAD_BYTES: u32 = 32 << 20;
 
 /// The advertised minimum block size: any byte can be addressed.

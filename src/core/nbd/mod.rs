@@ -4,10 +4,10 @@
 //! Quotations are from `doc/proto.md` of the NBD project (the text of the extension `EXTENDED_HEADERS` included).
 //!
 //! - [`Negotiation`] is the handshake as a machine: bytes in, bytes out, questions about exports in between.
-//! - [`Session`] is what the handshake agreed on; [`Session::parse`] takes one request header off the stream and either
-//!   checks it into a [`Command`] or says which error answers it. All bounds checks are made here, once.
-//! - [`ReplyStyle`] encodes replies in the form that was negotiated; [`fit_extents`] makes what an export says about its
-//!   extents into what the protocol allows to be sent.
+//! - [`Session`] is what the handshake agreed on; [`Session::parse`] takes one request header off the stream and
+//!   either checks it into a [`Command`] or says which error answers it. All bounds checks are made here, once.
+//! - [`ReplyStyle`] encodes replies in the form that was negotiated; [`fit_extents`] makes what an export says about
+//!   its extents into what the protocol allows to be sent.
 
 mod errno;
 mod extents;

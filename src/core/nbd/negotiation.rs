@@ -268,8 +268,8 @@ impl Negotiation {
             opt::EXPORT_NAME if len_bytes > MAX_STRING_BYTES => {
                 return self.close(CloseReason::Violation("an export name of more than 4096 bytes"));
             }
-            // "The client MUST NOT send any additional data with the option, and the server SHOULD reject a request that
-            // includes data with NBD_REP_ERR_INVALID."
+            // "The client MUST NOT send any additional data with the option, and the server SHOULD reject a request
+            // that includes data with NBD_REP_ERR_INVALID."
             opt::LIST | opt::STRUCTURED_REPLY | opt::EXTENDED_HEADERS if len_bytes > 0 => {
                 State::Skip { option, left_bytes: len_bytes, reply: rep::ERR_INVALID }
             }
@@ -292,8 +292,8 @@ impl Negotiation {
         match option {
             opt::LIST => self.state = State::AwaitNames,
             opt::STRUCTURED_REPLY => {
-                // "This error is also used to indicate that the server is unable to downgrade to structured replies (via
-                // NBD_OPT_STRUCTURED_REPLY) if extended headers have already been enabled."
+                // "This error is also used to indicate that the server is unable to downgrade to structured replies
+                // (via NBD_OPT_STRUCTURED_REPLY) if extended headers have already been enabled."
                 if self.style == ReplyStyle::Extended {
                     put_error(output, option, rep::ERR_EXT_HEADER_REQD, "extended headers are in force");
                 } else {
@@ -369,8 +369,8 @@ impl Negotiation {
         body.extend_from_slice(&session.size_bytes.to_be_bytes());
         body.extend_from_slice(&session.flags.to_be_bytes());
         put_reply(output, option, rep::INFO, &body);
-        // "The server MUST ignore any information requests it does not understand." "A particular information type SHOULD
-        // only appear once".
+        // "The server MUST ignore any information requests it does not understand." "A particular information type
+        // SHOULD only appear once".
         for kind in [info::NAME, info::DESCRIPTION, info::BLOCK_SIZE] {
             if !requests.contains(&kind) {
                 continue;

@@ -340,7 +340,11 @@ proptest! {
 
     /// Announced lengths are not believed.
     #[test]
-    fn announced_lengths_are_not_allocated(kind in 0u32..14, len: u32, data in prop::collection::vec(any::<u8>(), 0..300)) {
+    fn announced_lengths_are_not_allocated(
+        kind in 0u32..14,
+        len: u32,
+        data in prop::collection::vec(any::<u8>(), 0..300),
+    ) {
         let mut input = 3u32.to_be_bytes().to_vec();
         input.extend(IHAVEOPT.to_be_bytes());
         input.extend(kind.to_be_bytes());

@@ -56,8 +56,8 @@ impl ReplyStyle {
 
     /// What stands before the `len_bytes` of data from `offset` on that answer a READ as a whole.
     ///
-    /// The chunk is the final one: a server "MUST NOT mark a chunk as final if there is still a possibility of detecting
-    /// an error before transmission of that chunk completes", so all the data has to be at hand.
+    /// The chunk is the final one: a server "MUST NOT mark a chunk as final if there is still a possibility of
+    /// detecting an error before transmission of that chunk completes", so all the data has to be at hand.
     pub fn data(self, tag: Tag, offset: u64, len_bytes: u32) -> Header {
         if self == ReplyStyle::Simple {
             return simple(tag, 0);

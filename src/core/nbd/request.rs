@@ -221,14 +221,14 @@ impl Session {
         let tag = Tag { cookie: be_u64(input, 8), offset: be_u64(input, 16) };
         let len_bytes = if extended { be_u64(input, 24) } else { u64::from(be_u32(input, 24)) };
 
-        // "With extended headers, the flag MUST be set for NBD_CMD_WRITE (as the write command always sends a payload of
-        // the bytes to be written)". The clients of QEMU (10.0) do not set it, and its server takes their payload all
-        // the same; so does this one. In the compact style "the only command where length represents payload length
+        // "With extended headers, the flag MUST be set for NBD_CMD_WRITE (as the write command always sends a payload
+        // of the bytes to be written)". The clients of QEMU (10.0) do not set it, and its server takes their payload
+        // all the same; so does this one. In the compact style "the only command where length represents payload length
         // instead of effect length is NBD_CMD_WRITE".
         let has_payload = kind == cmd::WRITE || (extended && flags & cmd_flag::PAYLOAD_LEN != 0 && kind != cmd::DISC);
         let skip_bytes = if has_payload { len_bytes } else { 0 };
-        // A compact WRITE announces less than 4 GiB: that is consumed without being kept. An extended one could keep the
-        // connection busy for ever.
+        // A compact WRITE announces less than 4 GiB: that is consumed without being kept. An extended one could keep
+        // the connection busy for ever.
         if extended && skip_bytes > u64::from(MAX_PAYLOAD_BYTES) {
             return Parsed::Fault(Fault::Payload(skip_bytes));
         }
@@ -256,10 +256,10 @@ impl Session {
             // "The server SHOULD return NBD_EINVAL if it receives an unknown command."
             _ => return Err((NbdErrno::Inval, "unknown command")),
         };
-        // "This flag is valid for all commands, provided NBD_FLAG_SEND_FUA has been negotiated, in which case the server
-        // MUST accept all commands with this bit set (even by ignoring the bit)." "The server SHOULD return NBD_EINVAL
-        // if it receives an unknown command flag. It also SHOULD return NBD_EINVAL if it receives a request with a flag
-        // not explicitly documented as applicable to the given request."
+        // "This flag is valid for all commands, provided NBD_FLAG_SEND_FUA has been negotiated, in which case the
+        // server MUST accept all commands with this bit set (even by ignoring the bit)." "The server SHOULD return
+        // NBD_EINVAL if it receives an unknown command flag. It also SHOULD return NBD_EINVAL if it receives a request
+        // with a flag not explicitly documented as applicable to the given request."
         if flags & !(allowed | flag_if(offers(transmission::SEND_FUA), cmd_flag::FUA)) != 0 {
             return Err((NbdErrno::Inval, "a flag that is unknown, not offered or not meant for this command"));
         }

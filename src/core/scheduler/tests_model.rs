@@ -259,7 +259,12 @@ impl World {
         let by_id = || self.groups.iter().position(|g| id.is_some() && g.id == id);
         if let Some(at) = by_place.or_else(by_id) {
             self.joined += 1;
+            // What was asked for by position is known by its content from now on, unless another flight is.
+            let is_new_id = id.is_some() && by_id().is_none();
             let group = &mut self.groups[at];
+            if group.id.is_none() && is_new_id {
+                group.id = id;
+            }
             group.waiters.push(waiter);
             if !group.places.contains(&place) && !group.refused.contains(&place) {
                 group.places.push(place);
