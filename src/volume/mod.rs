@@ -60,6 +60,8 @@ pub struct Volume {
     guest_wrote: AtomicBool,
     stats: Arc<stats::Stats>,
     landing: Arc<tokio::sync::Semaphore>,
+    /// Where work goes on that outlives the request which began it: a client's own runtime ends with the client.
+    runtime: tokio::runtime::Handle,
 }
 
 /// What a volume needs to live.
@@ -82,7 +84,7 @@ pub struct VolumeParts {
 const LANDING_BLOCKS: usize = 128;
 
 impl Volume {
-    /// A volume all of whose blocks are in its file.
+    /// A volume all of whose blocks are in its file. Made within the daemon's runtime, which does its background work.
     pub fn complete(parts: VolumeParts) -> Volume {
         let residency = Residency::new(parts.geometry);
         Volume::new(parts, residency, true, false)
@@ -120,6 +122,7 @@ impl Volume {
             guest_wrote: AtomicBool::new(false),
             stats: Arc::default(),
             landing: Arc::new(tokio::sync::Semaphore::new(LANDING_BLOCKS)),
+            runtime: tokio::runtime::Handle::current(),
         }
     }
 

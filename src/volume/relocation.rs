@@ -134,7 +134,7 @@ async fn demand(volume: &Volume, block: BlockIndex) -> Result<Block, VolumeError
     if id.is_none() {
         // The block comes inline in one round trip; its neighbours' ids come along for the next read.
         let pages = Arc::clone(&relocation.pages);
-        tokio::spawn(async move {
+        volume.runtime.spawn(async move {
             let _ = pages.load(PageIndex::of(block)).await;
         });
     }
@@ -157,7 +157,7 @@ async fn land_later(volume: &Volume, block: BlockIndex, fetched: Block) {
     let Ok(permit) = Arc::clone(&volume.landing).acquire_owned().await else { return };
     let (disk, stats, name) = (Arc::clone(&volume.disk), Arc::clone(&volume.stats), volume.name.clone());
     let workers = volume.workers.clone();
-    tokio::spawn(async move {
+    volume.runtime.spawn(async move {
         let landed = workers.run(Urgency::Background, move || land(&disk, &stats, block, &fetched)).await;
         if let Some(Err(error)) = landed {
             // It stays absent and is fetched again when it is needed again.
@@ -188,7 +188,7 @@ fn fetch_ahead(volume: &Volume, blocks: Range<u64>) {
         let id = relocation.pages.id_of(block);
         let wanted = relocation.fetch.want(relocation.key, block, id, Class::Readahead, len_bytes);
         let (disk, stats, workers) = (Arc::clone(&volume.disk), Arc::clone(&volume.stats), volume.workers.clone());
-        tokio::spawn(async move {
+        volume.runtime.spawn(async move {
             if let Ok(fetched) = wanted.await {
                 stats.count_arrived(&fetched);
                 workers.run(Urgency::Urgent, move || land(&disk, &stats, block, &fetched)).await;
