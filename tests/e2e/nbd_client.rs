@@ -45,8 +45,8 @@ pub struct NbdClient {
     pub size_bytes: u64,
 }
 
-/// Lengths of the READs under way, by cookie; other commands have 0.
-type Open = Arc<Mutex<HashMap<Cookie, usize>>>;
+/// Offsets and lengths of what is under way, by cookie; commands that bring no data have the length 0.
+type Open = Arc<Mutex<HashMap<Cookie, (u64, usize)>>>;
 
 impl NbdClient {
     /// Connects to a unix socket; the error is what the server said of the export.
@@ -72,11 +72,11 @@ impl NbdClient {
     fn new(writer: Box<dyn Write + Send>, reader: Box<dyn Read + Send>, size_bytes: u64) -> NbdClient {
         let open = Open::default();
         let (answer, answers) = channel();
-        let known = Arc::clone(&open);
+        let reader = io::BufReader::with_capacity(256 << 10, reader);
+        let mut replies = Answers { reader, open: Arc::clone(&open), partial: HashMap::new() };
         // Ends with the connection, or when nobody takes the answers any more.
         std::thread::spawn(move || {
-            let mut reader = io::BufReader::with_capacity(256 << 10, reader);
-            while let Ok(reply) = read_reply(&mut reader, &known) {
+            while let Ok(reply) = replies.next() {
                 if answer.send(reply).is_err() {
                     return;
                 }
@@ -88,7 +88,8 @@ impl NbdClient {
     fn send(&mut self, command: u16, flags: u16, offset: u64, len: u32, data: &[u8]) -> Cookie {
         let cookie = Cookie(self.next);
         self.next += 1;
-        self.open.lock().expect("no poison").insert(cookie, if command == READ { len as usize } else { 0 });
+        let brings = if command == READ { len as usize } else { 0 };
+        self.open.lock().expect("no poison").insert(cookie, (offset, brings));
         let mut request = Vec::with_capacity(28 + data.len());
         request.extend_from_slice(&0x2560_9513u32.to_be_bytes());
         request.extend_from_slice(&flags.to_be_bytes());
@@ -247,55 +248,87 @@ fn option_reply(reader: &mut impl Read) -> io::Result<(u32, Vec<u8>)> {
     Ok((be32(&header[12..]), data))
 }
 
-/// One whole answer, be it simple or in chunks. Chunks of several answers may come mixed, which this client does not
-/// allow for: a server must not do that unless it is asked for more than the protocol needs.
-fn read_reply(reader: &mut impl Read, open: &Open) -> io::Result<(Cookie, Outcome)> {
-    let mut partial: HashMap<Cookie, (Vec<u8>, Option<u32>)> = HashMap::new();
-    loop {
-        let mut magic = [0; 4];
-        reader.read_exact(&mut magic)?;
-        if magic == 0x6744_6698u32.to_be_bytes() {
-            let mut rest = [0; 12];
-            reader.read_exact(&mut rest)?;
-            let cookie = Cookie(be64(&rest[4..]));
-            let len = expected(open, cookie);
-            let errno = be32(&rest);
-            if errno != 0 {
-                return Ok((cookie, Err(errno)));
+/// Puts answers together: a structured one may come in several chunks, and those of several answers may be mixed.
+struct Answers {
+    reader: io::BufReader<Box<dyn Read + Send>>,
+    open: Open,
+    partial: HashMap<Cookie, (Vec<u8>, Option<u32>)>,
+}
+
+impl Answers {
+    fn next(&mut self) -> io::Result<(Cookie, Outcome)> {
+        loop {
+            let magic: [u8; 4] = self.exactly()?;
+            if magic == 0x6744_6698u32.to_be_bytes() {
+                return self.simple();
             }
-            let mut data = vec![0; len];
-            reader.read_exact(&mut data)?;
-            return Ok((cookie, Ok(data)));
-        }
-        assert_eq!(magic, 0x668e_33efu32.to_be_bytes(), "a reply begins");
-        let mut rest = [0; 16];
-        reader.read_exact(&mut rest)?;
-        let (flags, kind) = (u16::from_be_bytes([rest[0], rest[1]]), u16::from_be_bytes([rest[2], rest[3]]));
-        let cookie = Cookie(be64(&rest[4..]));
-        let mut payload = vec![0; be32(&rest[12..]) as usize];
-        reader.read_exact(&mut payload)?;
-        let len = open.lock().expect("no poison").get(&cookie).copied();
-        let len = len.unwrap_or_else(|| panic!("a chunk for {cookie:?}, which was never asked for"));
-        // What no chunk fills is not mistaken for zeros.
-        let (data, errno) = partial.entry(cookie).or_insert_with(|| (vec![0xee; len], None));
-        match kind {
-            0 => {}
-            1 | 2 => {
-                let offset = be64(&payload);
-                let base = OFFSETS.with(|_| offset);
-                let hole = vec![0; if kind == 2 { be32(&payload[8..]) as usize } else { 0 }];
-                let part = if kind == 1 { &payload[8..] } else { &hole[..] };
-                // One chunk that is all of it is the common case; others are placed behind what came before.
-                let at = if part.len() == len { 0 } else { place(cookie, base, len) };
-                data[at..at + part.len()].copy_from_slice(part);
+            assert_eq!(magic, 0x668e_33efu32.to_be_bytes(), "a reply begins");
+            if let Some(whole) = self.chunk()? {
+                return Ok(whole);
             }
-            _ if kind & 0x8000 != 0 => *errno = Some(be32(&payload)),
-            unknown => panic!("a chunk of the unknown type {unknown}"),
-        }
-        if flags & 1 != 0 {
-            expected(open, cookie);
-            let (data, errno) = partial.remove(&cookie).expect("it was entered above");
-            return Ok((cookie, errno.map_or(Ok(data), Err)));
         }
     }
+
+    fn simple(&mut self) -> io::Result<(Cookie, Outcome)> {
+        let header: [u8; 12] = self.exactly()?;
+        let (errno, cookie) = (be32(&header), Cookie(be64(&header[4..])));
+        let (_, len) = self.close(cookie);
+        if errno != 0 {
+            return Ok((cookie, Err(errno)));
+        }
+        Ok((cookie, Ok(self.bytes(len)?)))
+    }
+
+    fn chunk(&mut self) -> io::Result<Option<(Cookie, Outcome)>> {
+        let header: [u8; 16] = self.exactly()?;
+        let (flags, kind) = (be16(&header), be16(&header[2..]));
+        let cookie = Cookie(be64(&header[4..]));
+        let payload = self.bytes(be32(&header[12..]) as usize)?;
+        let asked = self.open.lock().expect("no poison").get(&cookie).copied();
+        let (offset, len) = asked.unwrap_or_else(|| panic!("a chunk for {cookie:?}, which is not open"));
+        // What no chunk fills must not pass for zeros.
+        let (data, errno) = self.partial.entry(cookie).or_insert_with(|| (vec![0xee; len], None));
+        match kind {
+            0 => {}
+            1 => data[(be64(&payload) - offset) as usize..][..payload.len() - 8].copy_from_slice(&payload[8..]),
+            2 => data[(be64(&payload) - offset) as usize..][..be32(&payload[8..]) as usize].fill(0),
+            error if error & 0x8000 != 0 => *errno = Some(be32(&payload)),
+            unknown => panic!("a chunk of the unknown type {unknown}"),
+        }
+        if flags & 1 == 0 {
+            return Ok(None);
+        }
+        self.close(cookie);
+        let whole = self.partial.remove(&cookie);
+        Ok(whole.map(|(data, errno)| (cookie, errno.map_or(Ok(data), Err))))
+    }
+
+    fn close(&self, cookie: Cookie) -> (u64, usize) {
+        let asked = self.open.lock().expect("no poison").remove(&cookie);
+        asked.unwrap_or_else(|| panic!("an answer to {cookie:?}, which is not open"))
+    }
+
+    fn exactly<const N: usize>(&mut self) -> io::Result<[u8; N]> {
+        let mut bytes = [0; N];
+        self.reader.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn bytes(&mut self, len: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        self.reader.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+fn be16(bytes: &[u8]) -> u16 {
+    u16::from_be_bytes([bytes[0], bytes[1]])
+}
+
+fn be32(bytes: &[u8]) -> u32 {
+    u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+}
+
+fn be64(bytes: &[u8]) -> u64 {
+    u64::from(be32(bytes)) << 32 | u64::from(be32(&bytes[4..]))
 }

@@ -1,0 +1,54 @@
+//! The command line of `tools/demo`. Must not know what is done with it.
+
+use std::path::PathBuf;
+
+use blockferry_wan::units::{Rate, Span, parse_size};
+use clap::Parser;
+
+/// Relocates three similar disk images between two sites over an emulated WAN while a client reads and writes them,
+/// checks every byte, and prints where each byte came from.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tools/demo",
+    after_help = "Exit status: 0 when every byte is right and no more crossed the WAN than had to (and 6 %).\n\n\
+                  Example:\n  tools/demo --rate 50Mbit/s --rtt 80ms"
+)]
+pub struct Cli {
+    /// Small images from this machine's files: a minute instead of four; too small for the bound on bytes
+    #[arg(long)]
+    pub quick: bool,
+    /// The size of each image [default: 1GiB; with --quick 64MiB]
+    #[arg(long, value_parser = parse_size)]
+    pub size: Option<u64>,
+    /// The WAN's rate, each way
+    #[arg(long, default_value = "100Mbit/s")]
+    pub rate: Rate,
+    /// The WAN's round trip
+    #[arg(long, value_name = "TIME", default_value = "40ms")]
+    pub rtt: Span,
+    /// Leave images, logs and configurations of both sites for a look
+    #[arg(long)]
+    pub keep: bool,
+    /// Where images are kept between runs, and a run's files lie [default: ~/.cache/blockferry/demo]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// Write what came out to this file, too
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Where the programs are
+    #[arg(long, value_name = "DIR", hide = true)]
+    pub programs: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+        let cli = Cli::try_parse_from(["demo", "--rate", "1Gbit/s", "--rtt", "5ms", "--size", "64MiB"]).unwrap();
+        assert_eq!((cli.rate.bits_per_second(), cli.size), (1_000_000_000, Some(64 << 20)));
+    }
+}
