@@ -359,3 +359,6 @@ impl Manifest {
         SourceError::State { volume: self.volume.clone(), source }
     }
 }
+
+#[cfg(test)]
+mod tests;

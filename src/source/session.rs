@@ -410,3 +410,6 @@ fn build(volume: &SourceVolume, item: Item, level: i32) -> Data {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
