@@ -1,7 +1,7 @@
 //! Threads for blocking work (read, hash, compress): some for what guests wait for, the rest, at low priority, for bulk.
 //! Must not know what the work is.
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, select};
 use tokio::sync::oneshot;
 
 /// Which threads do it.
@@ -9,6 +9,10 @@ use tokio::sync::oneshot;
 pub enum Urgency {
     /// A guest waits.
     Urgent,
+    /// A guest waits for a change: on threads of its own, so that no read stands behind queued writes.
+    Change,
+    /// A guest has its answer already: before bulk, on bulk's threads.
+    Soon,
     /// Bulk: runs at a lower CPU priority, so that a demand read overtakes at the CPU, too.
     Background,
 }
@@ -19,28 +23,38 @@ type Job = Box<dyn FnOnce() + Send>;
 #[derive(Clone)]
 pub struct Workers {
     urgent: Sender<Job>,
+    change: Sender<Job>,
+    soon: Sender<Job>,
     background: Sender<Job>,
 }
 
+/// Jobs that wait in a queue before whoever brings one more has to wait, too.
+const QUEUED_JOBS: usize = 1024;
+
 impl Workers {
-    /// Starts `urgent` and `background` threads named after `name`.
+    /// Starts `urgent` threads for reads, as many for changes, and `background` threads, named after `name`.
     pub fn start(name: &str, urgent: usize, background: usize) -> std::io::Result<Workers> {
-        let spawn = |count: usize, label: &str, is_background: bool| {
-            let (jobs, queue) = bounded::<Job>(1024);
-            for nth in 0..count {
-                let queue = queue.clone();
-                std::thread::Builder::new().name(format!("{name}-{label}{nth}")).spawn(move || {
-                    if is_background {
-                        yield_to_guests();
-                    }
-                    for job in queue {
-                        job();
-                    }
-                })?;
-            }
-            Ok::<_, std::io::Error>(jobs)
+        let spawn = |label: String, run: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new().name(format!("{name}-{label}")).spawn(run).map(drop)
         };
-        Ok(Workers { urgent: spawn(urgent.max(1), "u", false)?, background: spawn(background.max(1), "b", true)? })
+        let (urgent_jobs, urgent_queue) = bounded::<Job>(QUEUED_JOBS);
+        let (change_jobs, change_queue) = bounded::<Job>(QUEUED_JOBS);
+        for nth in 0..urgent.max(1) {
+            for (label, queue) in [("u", urgent_queue.clone()), ("c", change_queue.clone())] {
+                let run = move || {
+                    run_soon();
+                    queue.iter().for_each(|job| job());
+                };
+                spawn(format!("{label}{nth}"), Box::new(run))?;
+            }
+        }
+        let (soon_jobs, soon_queue) = bounded::<Job>(QUEUED_JOBS);
+        let (background_jobs, background_queue) = bounded::<Job>(QUEUED_JOBS);
+        for nth in 0..background.max(1) {
+            let (soon, background) = (soon_queue.clone(), background_queue.clone());
+            spawn(format!("b{nth}"), Box::new(move || run_in_background(&soon, &background)))?;
+        }
+        Ok(Workers { urgent: urgent_jobs, change: change_jobs, soon: soon_jobs, background: background_jobs })
     }
 
     /// Runs `work` on a thread of its urgency. None only when the threads are gone or the work panicked.
@@ -57,7 +71,12 @@ impl Workers {
                 Err(_) => tracing::error!("a worker's job panicked; its request is answered with an error"),
             }
         });
-        let jobs = if urgency == Urgency::Urgent { &self.urgent } else { &self.background };
+        let jobs = match urgency {
+            Urgency::Urgent => &self.urgent,
+            Urgency::Change => &self.change,
+            Urgency::Soon => &self.soon,
+            Urgency::Background => &self.background,
+        };
         if let Err(refused) = jobs.try_send(job) {
             let jobs = jobs.clone();
             // More than a thousand jobs wait: let the caller wait for a place without holding up its thread.
@@ -67,10 +86,68 @@ impl Workers {
     }
 }
 
-/// Lowers the calling thread's CPU priority (nice 10). On Linux, niceness is a thread's own.
+/// Takes from `soon` first, until both have no more senders.
+fn run_in_background(soon: &Receiver<Job>, background: &Receiver<Job>) {
+    yield_to_guests();
+    loop {
+        let job = match soon.try_recv() {
+            Ok(job) => Ok(job),
+            Err(TryRecvError::Disconnected) => background.recv(),
+            Err(TryRecvError::Empty) => select! {
+                recv(soon) -> job => job.or_else(|_| background.recv()),
+                recv(background) -> job => job.or_else(|_| soon.recv()),
+            },
+        };
+        let Ok(job) = job else { return };
+        job();
+    }
+}
+
+/// How much lower the CPU priority of background work is, as a niceness.
+const BACKGROUND_NICE: i32 = 10;
+/// The time slice of threads that a guest waits for: with a short one, a thread that wakes up runs before those that compute.
+const URGENT_SLICE_NS: u64 = 200_000;
+
+/// Lowers the calling thread's CPU priority. On Linux, niceness and time slice are a thread's own.
 pub fn yield_to_guests() {
-    // SAFETY: setpriority takes plain integers; 0 means the calling thread.
+    schedule(BACKGROUND_NICE, 0);
+}
+
+/// Lets the calling thread run soon after it wakes up, however busy the machine is: it asks for a short time slice (Linux 6.12 and
+/// later; earlier kernels ignore it).
+pub fn run_soon() {
+    schedule(0, URGENT_SLICE_NS);
+}
+
+/// `struct sched_attr`, version 0, of sched_setattr(2).
+#[repr(C)]
+struct SchedAttr {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime_ns: u64,
+    deadline_ns: u64,
+    period_ns: u64,
+}
+
+fn schedule(more_nice: i32, slice_ns: u64) {
+    // SAFETY: getpriority takes plain integers; the process's own niceness, which whoever started the daemon chose.
+    let nice = unsafe { nix::libc::getpriority(nix::libc::PRIO_PROCESS, std::process::id()) };
+    let attr = SchedAttr {
+        size: size_of::<SchedAttr>() as u32,
+        policy: nix::libc::SCHED_OTHER as u32,
+        flags: 0,
+        nice: (nice + more_nice).min(19),
+        priority: 0,
+        runtime_ns: slice_ns,
+        deadline_ns: 0,
+        period_ns: 0,
+    };
+    // SAFETY: the kernel reads `size` bytes of `attr`, which outlives the call; 0 means the calling thread. A refusal (a sandbox) leaves
+    // everything as it was, which is slower and not wrong.
     unsafe {
-        nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, 10);
+        nix::libc::syscall(nix::libc::SYS_sched_setattr, 0, &raw const attr, 0);
     }
 }

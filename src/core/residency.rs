@@ -249,6 +249,12 @@ impl Residency {
         std::mem::take(&mut self.dirty).into_iter().map(|chunk| (chunk, self.chunk_row(chunk))).collect()
     }
 
+    /// The first half of [`Residency::take_dirty`], for who cannot hold the lock while all rows are made: a row that is
+    /// made later says more, never less.
+    pub fn take_dirty_chunks(&mut self) -> BTreeSet<u64> {
+        std::mem::take(&mut self.dirty)
+    }
+
     /// Puts chunks back whose rows could not be made durable.
     pub fn mark_dirty(&mut self, chunks: impl IntoIterator<Item = u64>) {
         self.dirty.extend(chunks);
@@ -259,7 +265,8 @@ impl Residency {
         !self.dirty.is_empty()
     }
 
-    fn chunk_row(&self, chunk: u64) -> Vec<u8> {
+    /// A chunk in the form that is kept on disk.
+    pub fn chunk_row(&self, chunk: u64) -> Vec<u8> {
         let first = chunk * CHUNK_BLOCKS;
         let end = (first + CHUNK_BLOCKS).min(self.geometry.blocks());
         let mut row = vec![ROW_VERSION];

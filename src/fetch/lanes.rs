@@ -50,7 +50,14 @@ impl StoreLanes {
         };
         for (name, queue, budget) in [("store-urgent", urgent_queue, None), ("store-bulk", bulk_queue, Some(budget))] {
             let (store, commands) = (Arc::clone(&store), commands.clone());
-            spawn(name, Box::new(move || look_up(&*store, &queue, budget.as_ref(), &commands)))?;
+            let run = move || {
+                match &budget {
+                    Some(_) => crate::workers::yield_to_guests(),
+                    None => crate::workers::run_soon(),
+                }
+                look_up(&*store, &queue, budget.as_ref(), &commands);
+            };
+            spawn(name, Box::new(run))?;
         }
         spawn("store-put", Box::new(move || put(&*store, &put_queue, &commands)))?;
         Ok(StoreLanes { urgent, bulk, puts })

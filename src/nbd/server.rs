@@ -245,6 +245,7 @@ impl Shared {
         let counted = Counted::new(self);
         let spawned = std::thread::Builder::new().name("nbd-client".to_owned()).spawn(move || {
             let _counted = counted;
+            crate::workers::run_soon();
             transmit();
         });
         if let Err(error) = spawned {

@@ -82,7 +82,11 @@ pub(crate) struct Entry {
 /// Runs a site until SIGTERM or SIGINT; prints one line `ready ...` on stdout when everything is served.
 pub fn run(config: Config) -> Result<()> {
     raise_file_limit();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .on_thread_start(crate::workers::run_soon)
+        .build()
+        .context("starting the runtime")?;
     runtime.block_on(async {
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(async move {

@@ -193,8 +193,14 @@ impl Disk {
             None => out.fill(0),
         }
         let len = self.geometry.len_of(block);
-        let valid = self.residency.lock().mask(block).map(|mask| mask.valid(len)).unwrap_or_default();
-        for range in valid {
+        // Bits and masks change together under this lock. A block without a mask that is resident by now has landed since
+        // the look above, and what the guest wrote before is in the file only.
+        let valid = {
+            let residency = self.residency.lock();
+            if self.bits.is_resident(block) { None } else { Some(residency.mask(block).map(|mask| mask.valid(len))) }
+        };
+        let Some(valid) = valid else { return self.image.read_at(offset + u64::from(bytes.start), out) };
+        for range in valid.unwrap_or_default() {
             let start = range.start.max(bytes.start);
             let end = range.end.min(bytes.end);
             if start < end {
@@ -202,8 +208,7 @@ impl Disk {
                 self.image.read_at(offset + u64::from(start), part)?;
             }
         }
-        // It may have become resident in between, by a write of the guest that went past the mask that was looked at: that
-        // write was under way at the same time as this read, so both its old and its new bytes are right.
+        // What the guest has written since is under way at the same time as this read: its old and its new bytes are right.
         Ok(())
     }
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tokio::sync::{Mutex, Notify};
+use tokio::sync::{Mutex, Notify, OwnedMutexGuard};
 
 const CLOSED: u64 = 1 << 63;
 
@@ -66,21 +66,33 @@ impl Drop for Admitted {
 #[derive(Debug, Default)]
 pub(super) struct FlushGate {
     asked: AtomicU64,
-    turn: Mutex<u64>,
+    turn: Arc<Mutex<u64>>,
+}
+
+/// The right to sync, one at a time. It goes along with the sync itself: who asked may hang up, and the next sync must
+/// not overtake one that has taken its rows and not yet written them.
+#[derive(Debug)]
+pub(super) struct Turn {
+    done_to: OwnedMutexGuard<u64>,
+    covers: u64,
+}
+
+impl Turn {
+    /// The sync succeeded: so did everybody's who asked before it began.
+    pub(super) fn succeed(mut self) {
+        *self.done_to = self.covers;
+    }
 }
 
 impl FlushGate {
-    /// Runs `sync`, or waits for one that began after this call.
-    pub(super) async fn flush<E>(&self, sync: impl AsyncFnOnce() -> Result<(), E>) -> Result<(), E> {
+    /// Runs `sync`, or waits for one that began after this call and succeeded.
+    pub(super) async fn flush<E>(&self, sync: impl AsyncFnOnce(Turn) -> Result<(), E>) -> Result<(), E> {
         let mine = self.asked.fetch_add(1, Ordering::AcqRel) + 1;
-        let mut done_to = self.turn.lock().await;
+        let done_to = Arc::clone(&self.turn).lock_owned().await;
         if *done_to >= mine {
             return Ok(());
         }
-        let covers = self.asked.load(Ordering::Acquire);
-        sync().await?;
-        *done_to = covers;
-        Ok(())
+        sync(Turn { done_to, covers: self.asked.load(Ordering::Acquire) }).await
     }
 }
 
@@ -112,9 +124,10 @@ mod tests {
         let gate = FlushGate::default();
         let syncs = AtomicU64::new(0);
         let sync = || async {
-            gate.flush(async || {
+            gate.flush(async |turn: Turn| {
                 syncs.fetch_add(1, Ordering::Relaxed);
                 tokio::task::yield_now().await;
+                turn.succeed();
                 Ok::<(), ()>(())
             })
             .await
@@ -122,7 +135,42 @@ mod tests {
         let all = futures::future::join_all((0..10).map(|_| sync())).await;
         assert!(all.iter().all(Result::is_ok));
         assert_eq!(syncs.load(Ordering::Relaxed), 2, "the first, and one for all who came meanwhile");
-        assert_eq!(gate.flush(async || Err::<(), &str>("disk")).await, Err("disk"));
-        assert_eq!(gate.flush(async || Ok::<(), &str>(())).await, Ok(()));
+        assert_eq!(gate.flush(async |_: Turn| Err::<(), &str>("disk")).await, Err("disk"));
+        assert_eq!(gate.flush(async |_: Turn| Ok::<(), &str>(())).await, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_sync_whose_client_hung_up_is_not_overtaken() {
+        let gate = Arc::new(FlushGate::default());
+        let (taken, turn) = tokio::sync::oneshot::channel();
+        let client = tokio::spawn({
+            let gate = Arc::clone(&gate);
+            async move {
+                gate.flush(async |turn: Turn| {
+                    taken.send(turn).expect("the sync's thread has the turn");
+                    std::future::pending::<Result<(), ()>>().await
+                })
+                .await
+            }
+        });
+        let turn = turn.await.expect("it began");
+        client.abort();
+        assert!(client.await.expect_err("aborted").is_cancelled());
+        let next = tokio::spawn({
+            let gate = Arc::clone(&gate);
+            async move {
+                gate.flush(async |turn: Turn| {
+                    turn.succeed();
+                    Ok::<(), ()>(())
+                })
+                .await
+            }
+        });
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!next.is_finished());
+        turn.succeed();
+        next.await.expect("runs").expect("flushes");
     }
 }

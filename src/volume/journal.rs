@@ -22,7 +22,7 @@ impl Journal {
     }
 
     /// Makes rows durable. The caller has synced the data that they speak of.
-    pub(super) fn write(&self, rows: &[(u64, Vec<u8>)], guest_wrote: bool) -> Result<(), StateError> {
+    pub(super) fn write(&self, rows: &[(u64, Vec<u8>)]) -> Result<(), StateError> {
         if rows.is_empty() {
             return Ok(());
         }
@@ -30,9 +30,14 @@ impl Journal {
         for (chunk, row) in rows {
             batch.put([self.key("c/"), chunk.to_be_bytes().to_vec()].concat(), row.clone());
         }
-        if guest_wrote {
-            batch.put(self.key("guest"), b"1".to_vec());
-        }
+        self.state.write_batch(batch, true)
+    }
+
+    /// Makes durable that a guest writes here, before it does. Residency alone does not tell: a write to a block that was
+    /// fetched leaves no row behind.
+    pub(super) fn note_guest(&self) -> Result<(), StateError> {
+        let mut batch = StateBatch::default();
+        batch.put(self.key("guest"), b"1".to_vec());
         self.state.write_batch(batch, true)
     }
 
