@@ -27,6 +27,12 @@ const REOPEN: Duration = Duration::from_secs(5);
 const ASK_FLIGHTS: u64 = 1 << 63;
 /// A question that was never sent is kept under a number of its own; once sent, under its request's.
 const UNSENT: u64 = 1 << 62;
+/// Pages and roots that one peer is asked for at a time, of all volumes together: a source hashes them one after the
+/// other, and hangs up on a peer that asks for more than 256.
+const MAX_OPEN_PAGES: usize = 128;
+/// Blocks that came without a share of bulk's memory and wait to be written to the store, in bytes. Beyond it they are
+/// not kept: the store is a cache.
+const MAX_UNSTORED_BYTES: usize = 64 << 20;
 
 struct Peer {
     name: Name,
@@ -74,12 +80,13 @@ struct Actor {
     volumes: BTreeMap<VolumeKey, Volume>,
     questions: BTreeMap<u64, Question>,
     next_question: u64,
-    /// Requests on the wire by their number: Opens carry a volume, the rest a question.
-    opens: HashMap<u32, VolumeKey>,
+    /// Opens on the wire by their number, also of volumes that were closed since: their answers are counted.
+    opens: HashMap<u32, (PeerKey, VolumeKey)>,
     next_request: u32,
     waiters: HashMap<WaiterId, Waiting>,
     /// Verified and not in the store yet: answered from here.
     unstored: HashMap<BlockId, Bytes>,
+    unstored_bytes: usize,
 }
 
 /// Runs until every [`super::Fetch`] is dropped.
@@ -96,6 +103,7 @@ pub(super) async fn run(limits: Limits, lanes: StoreLanes, mut inbox: UnboundedR
         next_request: 1,
         waiters: HashMap::new(),
         unstored: HashMap::new(),
+        unstored_bytes: 0,
     };
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -197,7 +205,7 @@ impl Actor {
                 let number = UNSENT | self.next_question;
                 self.next_question += 1;
                 self.questions.insert(number, Question { key, what, is_sent: false });
-                self.send_question(number);
+                self.send_unsent();
             }
             Command::Want { want, reply } => self.want(now, want, reply),
             Command::Cancel { waiter } => {
@@ -212,7 +220,8 @@ impl Actor {
             }
             Command::Stored { ids } => {
                 for id in ids {
-                    self.unstored.remove(&id);
+                    let stored = self.unstored.remove(&id).map_or(0, |bytes| bytes.len());
+                    self.unstored_bytes = self.unstored_bytes.saturating_sub(stored);
                 }
             }
             Command::Pace { key, is_paused, rate_bytes_per_s } => {
@@ -260,8 +269,8 @@ impl Actor {
         for volume in self.volumes.values_mut().filter(|volume| volume.peer == key) {
             volume.handle = None;
         }
+        self.opens.retain(|_, (peer, _)| *peer != key);
         let volumes = &self.volumes;
-        self.opens.retain(|_, volume| volumes.get(volume).is_some_and(|v| v.peer != key));
         for question in self.questions.values_mut() {
             if volumes.get(&question.key).is_some_and(|volume| volume.peer == key) {
                 question.is_sent = false;
@@ -279,7 +288,7 @@ impl Actor {
         volume.reopen_at = None;
         let request = self.next_request;
         self.next_request = self.next_request.wrapping_add(1);
-        self.opens.insert(request, key);
+        self.opens.insert(request, (volume.peer, key));
         if !peer.is_announced {
             peer.opening += 1;
         }
@@ -300,28 +309,30 @@ impl Actor {
     fn control(&mut self, key: PeerKey, frame: Control) {
         match frame {
             Control::Opened { request, handle, geometry, generation, epoch } => {
-                let Some(volume_key) = self.opens.remove(&request) else { return };
+                let Some(volume_key) = self.take_open(key, request) else { return };
                 self.opened(volume_key, Remote { key: volume_key, geometry, generation, epoch }, handle);
                 self.after_open(key);
             }
             Control::Done { request, epoch } => {
-                if let Some(question) = self.questions.remove(&u64::from(request)) {
-                    match question.what {
-                        Ask::TakeOver(_, reply) | Ask::Completed(_, reply) | Ask::GiveBack(_, reply) => {
-                            let _ = reply.send(Ok(epoch));
-                        }
-                        Ask::Page(_, reply) => drop(reply),
-                        Ask::Roots(_, _, reply) => drop(reply),
-                    }
+                let number = u64::from(request);
+                let is_of_pages = self.questions.get(&number).is_some_and(|question| question.what.is_of_pages());
+                if self.is_asked(key, number)
+                    && !is_of_pages
+                    && let Some(Question { what, .. }) = self.questions.remove(&number)
+                    && let Ask::TakeOver(_, reply) | Ask::Completed(_, reply) | Ask::GiveBack(_, reply) = what
+                {
+                    let _ = reply.send(Ok(epoch));
                 }
             }
             Control::Refused { request, refusal, why } => {
                 let Some(peer) = self.peers.get(&key).map(|peer| peer.name.clone()) else { return };
                 let error = FetchError::Refused { peer, refusal, why };
-                if let Some(volume_key) = self.opens.remove(&request) {
+                if let Some(volume_key) = self.take_open(key, request) {
                     self.open_refused(volume_key, error);
                     self.after_open(key);
-                } else if let Some(question) = self.questions.remove(&u64::from(request)) {
+                } else if self.is_asked(key, u64::from(request))
+                    && let Some(question) = self.questions.remove(&u64::from(request))
+                {
                     question.what.fail(error);
                 }
             }
@@ -332,6 +343,19 @@ impl Actor {
                 }
             }
         }
+    }
+
+    /// The volume of an Open that this peer was sent. Numbers are guessed easily: one peer must not answer for another.
+    fn take_open(&mut self, peer: PeerKey, request: u32) -> Option<VolumeKey> {
+        self.opens.get(&request).filter(|(asked, _)| *asked == peer)?;
+        self.opens.remove(&request).map(|(_, volume)| volume)
+    }
+
+    /// Whether this peer was sent the question of this number on the present connection.
+    fn is_asked(&self, peer: PeerKey, number: u64) -> bool {
+        self.questions.get(&number).is_some_and(|question| {
+            question.is_sent && self.volumes.get(&question.key).is_some_and(|volume| volume.peer == peer)
+        })
     }
 
     fn after_open(&mut self, key: PeerKey) {
@@ -362,11 +386,7 @@ impl Actor {
         if let Some(waiting) = volume.waiting.take() {
             let _ = waiting.send(Ok(remote));
         }
-        let questions: Vec<u64> =
-            self.questions.iter().filter(|(_, q)| q.key == key && !q.is_sent).map(|(number, _)| *number).collect();
-        for question in questions {
-            self.send_question(question);
-        }
+        self.send_unsent();
     }
 
     fn open_refused(&mut self, key: VolumeKey, error: FetchError) {
@@ -389,15 +409,38 @@ impl Actor {
         }
     }
 
-    fn send_question(&mut self, number: u64) {
-        let Some(question) = self.questions.get_mut(&number) else { return };
+    /// Sends every question that can be sent now, the oldest first; of pages only so many.
+    fn send_unsent(&mut self) {
+        let mut open_pages: BTreeMap<PeerKey, usize> = BTreeMap::new();
+        let mut unsent = Vec::new();
+        for (number, question) in &self.questions {
+            let peer = self.volumes.get(&question.key).map(|volume| volume.peer);
+            let is_of_pages = question.what.is_of_pages();
+            match peer {
+                Some(peer) if question.is_sent => *open_pages.entry(peer).or_default() += usize::from(is_of_pages),
+                peer => unsent.push((*number, peer.filter(|_| is_of_pages))),
+            }
+        }
+        for (number, pages_of) in unsent {
+            let open = pages_of.map(|peer| open_pages.entry(peer).or_default());
+            match open {
+                Some(open) if *open >= MAX_OPEN_PAGES => {}
+                Some(open) => *open += usize::from(self.send_question(number)),
+                None => drop(self.send_question(number)),
+            }
+        }
+    }
+
+    /// Returns whether it could be sent.
+    fn send_question(&mut self, number: u64) -> bool {
+        let Some(question) = self.questions.get_mut(&number) else { return false };
         let Some(volume) = self.volumes.get(&question.key) else {
             if let Some(question) = self.questions.remove(&number) {
                 question.what.fail(FetchError::Gone);
             }
-            return;
+            return false;
         };
-        let (Some(handle), Some(peer)) = (volume.handle, self.peers.get_mut(&volume.peer)) else { return };
+        let (Some(handle), Some(peer)) = (volume.handle, self.peers.get_mut(&volume.peer)) else { return false };
         // Opens and questions take their numbers from one counter: an answer fits one of them only.
         let (request, flight) = (self.next_request, self.next_request);
         self.next_request = self.next_request.wrapping_add(1);
@@ -415,6 +458,7 @@ impl Actor {
         if let Some(question) = self.questions.remove(&number) {
             self.questions.insert(u64::from(request), question);
         }
+        true
     }
 
     fn want(&mut self, now: Now, want: WantBlock, reply: Reply<Block>) {
@@ -434,6 +478,16 @@ impl Actor {
 
     fn arrived(&mut self, peer: PeerKey, message: Arrived) {
         let now = self.now();
+        // Numbers are guessed easily: one peer must not answer for another. What was asked for on an earlier
+        // connection, or is not wanted any more, ends here, too.
+        let number = message.flight();
+        let is_asked = match number & ASK_FLIGHTS {
+            0 => self.scheduler.asked(FlightId(number)) == Some(peer),
+            _ => self.is_asked(peer, number & !ASK_FLIGHTS),
+        };
+        if !is_asked {
+            return;
+        }
         match message {
             Arrived::Block { flight, id, bytes, frame, wire_bytes, budget } => {
                 let flight = FlightId(flight);
@@ -453,8 +507,13 @@ impl Actor {
                 match frame {
                     Some(frame) => {
                         self.answer(landed, &bytes, Origin::Wire, wire_bytes, Some(id), &budget);
-                        self.unstored.insert(id, bytes);
-                        self.lanes.put(id, frame, budget);
+                        if budget.is_some() || self.unstored_bytes < MAX_UNSTORED_BYTES {
+                            self.unstored_bytes += bytes.len();
+                            if let Some(before) = self.unstored.insert(id, bytes) {
+                                self.unstored_bytes = self.unstored_bytes.saturating_sub(before.len());
+                            }
+                            self.lanes.put(id, frame, budget);
+                        }
                     }
                     None => self.answer(landed, &Bytes::new(), Origin::Zero, wire_bytes, Some(id), &None),
                 }
@@ -477,7 +536,10 @@ impl Actor {
                     question.what.fail(FetchError::Refused { peer: peer.name.clone(), refusal, why });
                 }
             }
-            Arrived::Page { flight, page, bytes, frame } => self.page_arrived(flight, page, &bytes, frame),
+            Arrived::Page { flight, page, bytes, frame } => {
+                self.page_arrived(flight, page, &bytes, frame);
+                self.send_unsent();
+            }
             Arrived::Roots { flight, first, entries } => {
                 let number = flight & !ASK_FLIGHTS;
                 let is_wanted = matches!(self.questions.get(&number), Some(Question { what: Ask::Roots(at, ..), .. }) if *at == first);
@@ -561,14 +623,14 @@ impl Actor {
                 Some(_) => (origin, 0),
             };
             asked_first.get_or_insert(waiter.place.volume);
-            let budget = budget.clone();
+            // Guests' requests hold on to it for as long as a client likes, and are bounded elsewhere.
+            let budget = if waiter.class == Class::Bulk { budget.clone() } else { None };
             let _ = waiting.reply.send(Ok(Block { id, bytes, origin, wire_bytes, class: landed.class, budget }));
         }
     }
 
     fn close(&mut self, now: Now, key: VolumeKey) {
         self.volumes.remove(&key);
-        self.opens.retain(|_, volume| *volume != key);
         for waiter in self.scheduler.remove_volume(now, key) {
             if let Some(waiting) = self.waiters.remove(&waiter.id) {
                 let _ = waiting.reply.send(Err(FetchError::Gone));
@@ -603,11 +665,7 @@ impl Actor {
         for key in due {
             self.send_open(key);
         }
-        let unsent: Vec<u64> =
-            self.questions.iter().filter(|(_, question)| !question.is_sent).map(|(number, _)| *number).collect();
-        for number in unsent {
-            self.send_question(number);
-        }
+        self.send_unsent();
         self.scheduler.tick(now);
     }
 
@@ -703,6 +761,10 @@ fn forward(link: Arc<dyn Link>) -> UnboundedSender<Bytes> {
 }
 
 impl Ask {
+    fn is_of_pages(&self) -> bool {
+        matches!(self, Ask::Page(..) | Ask::Roots(..))
+    }
+
     fn fail(self, error: FetchError) {
         match self {
             Ask::TakeOver(_, reply) | Ask::Completed(_, reply) | Ask::GiveBack(_, reply) => {

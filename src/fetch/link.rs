@@ -56,6 +56,19 @@ pub(super) enum Arrived {
     },
 }
 
+impl Arrived {
+    /// The number of what it answers.
+    pub(super) fn flight(&self) -> u64 {
+        match self {
+            Arrived::Block { flight, .. }
+            | Arrived::Damaged { flight, .. }
+            | Arrived::Failed { flight, .. }
+            | Arrived::Page { flight, .. }
+            | Arrived::Roots { flight, .. } => *flight,
+        }
+    }
+}
+
 /// Follows a peer through its connections until the fetcher is gone.
 pub(super) fn follow(
     peer: PeerKey,
@@ -135,18 +148,23 @@ async fn verify(
         tokio::select! {
             message = messages.recv(), if under_way.len() < AT_A_TIME => {
                 let Some(message) = message else { return Ok(()) };
-                let permit = match budget {
-                    Some(budget) => {
-                        let kib = (Data::raw_len_bytes(&message) as usize).div_ceil(1024).min(BULK_BUDGET_KIB) as u32;
-                        let permit = Arc::clone(budget).acquire_many_owned(kib).await.map_err(|error| error.to_string())?;
-                        Some(Arc::new(permit))
-                    }
-                    None => None,
-                };
-                under_way.push(workers.run(urgency, move || check(message, permit)));
+                // Each waits for memory by itself: those that have theirs must get on, or several peers could wait for
+                // each other.
+                under_way.push(async move {
+                    let permit = match budget {
+                        Some(budget) => {
+                            let kib = (Data::raw_len_bytes(&message) as usize).div_ceil(1024).min(BULK_BUDGET_KIB);
+                            let permit = Arc::clone(budget).acquire_many_owned(kib as u32).await;
+                            Some(Arc::new(permit.map_err(|error| error.to_string())?))
+                        }
+                        None => None,
+                    };
+                    let checked = workers.run(urgency, move || check(message, permit)).await;
+                    checked.ok_or("a check failed inside")?.map_err(|error| error.to_string())
+                });
             }
             Some(checked) = under_way.next(), if !under_way.is_empty() => {
-                let message = checked.ok_or("a check failed inside")?.map_err(|error| error.to_string())?;
+                let message = checked?;
                 send(commands, Command::Arrived { peer, generation, message });
             }
         }

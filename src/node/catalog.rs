@@ -8,7 +8,8 @@ use super::record::Ownership;
 use super::{Entry, Node};
 use crate::core::ids::Name;
 use crate::core::wire::Refusal;
-use crate::source::{Catalog, Refused, SourceVolume};
+use crate::image::ImageError;
+use crate::source::{Catalog, Refused, SourceError, SourceVolume};
 
 impl Catalog for Node {
     fn open(&self, peer: &Name, volume: &Name) -> Result<(Arc<SourceVolume>, u64), Refused> {
@@ -55,8 +56,16 @@ impl Catalog for Node {
             let source = source.ok_or((Refusal::Busy, format!("volume {volume} is being prepared")))?;
             let fenced = async {
                 entry.volume.fence().await.map_err(|error| error.to_string())?;
-                let sealed = tokio::task::spawn_blocking(move || source.manifest.seal()).await;
-                sealed.map_err(|error| error.to_string())?.map_err(|error| error.to_string())?;
+                let rested = tokio::task::spawn_blocking(move || rest(&source)).await;
+                match rested.map_err(|error| error.to_string())? {
+                    Ok(()) => {}
+                    Err(changed @ SourceError::Changed { .. }) => {
+                        // What the image holds now is what the next attempt will find.
+                        self.renew_source(&entry).map_err(|error| error.to_string())?;
+                        return Err(changed.to_string());
+                    }
+                    Err(error) => return Err(error.to_string()),
+                }
                 let mut next = record.clone();
                 next.epoch = epoch;
                 next.state = Ownership::Released { to: peer.clone(), is_completed: false };
@@ -92,9 +101,18 @@ impl Catalog for Node {
             let _turn = entry.turn.lock().await;
             let mut record = entry.record.lock().clone();
             match &record.state {
-                Ownership::Owned if record.epoch == epoch + 1 => return Ok(record.epoch),
-                // Never taken, or given back already and never taken again.
-                Ownership::Owned if record.epoch < epoch => return Ok(record.epoch),
+                // Given back already; whoever has it now has it since.
+                _ if record.epoch > epoch => return Ok(record.epoch),
+                // Never taken. It must not be taken any more: the question may still be on its way on an earlier
+                // connection.
+                Ownership::Owned | Ownership::Arrived { is_released: true, .. } if epoch == record.epoch + 1 => {
+                    record.epoch = epoch + 1;
+                    self.save(&entry, record).map_err(|error| (Refusal::Internal, error.to_string()))?;
+                    return Ok(epoch + 1);
+                }
+                // Never granted, so there is nothing to take back.
+                Ownership::Owned | Ownership::Arrived { .. } => return Ok(record.epoch),
+                Ownership::Released { to, .. } if to != peer || record.epoch < epoch => return Ok(record.epoch),
                 Ownership::Released { to, is_completed: false } if to == peer && record.epoch == epoch => {}
                 _ => return Err((Refusal::NotOwner, format!("volume {volume} is not on its way to {peer}"))),
             }
@@ -102,12 +120,24 @@ impl Catalog for Node {
             record.generation += 1;
             record.state = Ownership::Owned;
             self.save(&entry, record).map_err(|error| (Refusal::Internal, error.to_string()))?;
-            self.renew_source(&entry).map_err(|error| (Refusal::Internal, error.to_string()))?;
+            self.renew_generation(&entry).map_err(|error| (Refusal::Internal, error.to_string()))?;
             entry.volume.unfence();
             tracing::info!(%volume, %peer, "the peer gave the volume back; it may be written here again");
             Ok(epoch + 1)
         })
     }
+}
+
+/// Before the hand-over, not after it: an image that is not what was announced must not take the owner along. Blocking.
+fn rest(source: &SourceVolume) -> Result<(), SourceError> {
+    if let Some(stamp) = source.image.stamp()?
+        && stamp.size_bytes < source.geometry.size_bytes
+    {
+        let (path, announced_bytes) = (source.image.path().to_owned(), source.geometry.size_bytes);
+        return Err(ImageError::Shorter { path, offset: stamp.size_bytes, announced_bytes }.into());
+    }
+    source.manifest.check_unchanged()?;
+    source.manifest.seal()
 }
 
 impl Node {
@@ -116,6 +146,10 @@ impl Node {
         let is_granted = self.config.peer(peer).is_some_and(|peer| peer.volumes.includes(volume));
         match self.entry(volume) {
             Some(entry) if is_granted => Ok(entry),
+            None if is_granted && self.why_unserved(volume).is_some() => {
+                let why = format!("the image of volume {volume} cannot be opened at {}", self.config.site.name);
+                Err((Refusal::Busy, why))
+            }
             found => {
                 if found.is_some() {
                     tracing::warn!(%volume, %peer, "a peer asked for a volume that it was not granted; see `volumes` of its [[peers]] entry");

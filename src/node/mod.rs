@@ -2,6 +2,7 @@
 //! The other modules must not know each other's logic; this one must not contain any of it but the order of start and stop.
 
 mod catalog;
+mod databases;
 mod export;
 mod owned;
 mod prewarm;
@@ -9,6 +10,7 @@ mod record;
 mod relocate;
 mod site;
 mod status;
+mod unserved;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -32,6 +34,7 @@ use crate::transport::{Endpoint, EndpointOptions, Identity, KeepConnected, PeerT
 use crate::volume::Volume;
 use crate::workers::Workers;
 
+use databases::Databases;
 use export::{Found, Served, VolumeExports};
 use record::{Ownership, Records, VolumeRecord};
 
@@ -55,6 +58,7 @@ pub struct Node {
     volumes: Mutex<BTreeMap<Name, Arc<Entry>>>,
     /// Names for which a relocation or an addition is under way.
     reserved: Mutex<std::collections::BTreeSet<Name>>,
+    unserved: Mutex<BTreeMap<Name, unserved::Unserved>>,
     links: Mutex<HashMap<PeerKey, KeepConnected>>,
     peer_views: Mutex<Vec<(PeerKey, crate::fetch::PeerView)>>,
     prewarms: prewarm::Jobs,
@@ -87,21 +91,34 @@ pub fn run(config: Config) -> Result<()> {
         .on_thread_start(crate::workers::run_soon)
         .build()
         .context("starting the runtime")?;
-    runtime.block_on(async {
+    let databases = Databases::default();
+    let served = runtime.block_on(async {
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(async move {
             wait_for_signal().await;
             let _ = stop.send(true);
         });
-        serve(config, stopped, |line| println!("{line}")).await
-    })
+        serve(config, &databases, stopped, |line| println!("{line}")).await
+    });
+    drop(runtime);
+    if !databases.close() && served.is_ok() {
+        tracing::debug!("threads still use the databases: everything is synced, so the process ends under them");
+        // SAFETY: ends the process without running destructors, which is the point: nothing is left to be written.
+        unsafe { nix::libc::_exit(0) }
+    }
+    served
 }
 
-/// As [`run`], for a caller that has a runtime and its own way to stop. `ready` is called with the line to print.
-pub async fn serve(config: Config, mut stopped: watch::Receiver<bool>, ready: impl FnOnce(&str)) -> Result<()> {
+/// Serves until `stopped`; `ready` is called with the line to print.
+async fn serve(
+    config: Config,
+    databases: &Databases,
+    mut stopped: watch::Receiver<bool>,
+    ready: impl FnOnce(&str),
+) -> Result<()> {
     // First of all: a second daemon on the same state is noticed here.
     let control = ControlServer::bind(&config.control.socket)?;
-    let node = Node::start(config).await?;
+    let node = Node::start(config, databases).await?;
     let nbd = node.listen_nbd().await?;
     let (stop_control, mut control_stopped) = watch::channel(false);
     let site: Arc<dyn Site> = Arc::clone(&node) as Arc<dyn Site>;
@@ -139,12 +156,13 @@ pub async fn serve(config: Config, mut stopped: watch::Receiver<bool>, ready: im
 }
 
 impl Node {
-    async fn start(config: Config) -> Result<Arc<Node>> {
+    async fn start(config: Config, databases: &Databases) -> Result<Arc<Node>> {
         let state_dir = &config.site.state_dir;
         let identity = Identity::load(state_dir)?;
         let state: Arc<dyn State> = Arc::new(StateDb::open(&state_dir.join("state"))?);
         let options = StoreOptions { capacity_bytes: config.store.capacity.bytes(), ..StoreOptions::default() };
         let store: Arc<dyn Store> = Arc::new(RocksStore::open(&state_dir.join("store"), options)?);
+        databases.hold(&store, &state);
         let trust = Trust::new(config.peers.iter().map(|peer| (peer.fingerprint, peer.name.clone())));
         let endpoint = Endpoint::bind(
             &config.peer.listen.to_string(),
@@ -167,6 +185,7 @@ impl Node {
             hasher,
             volumes: Mutex::default(),
             reserved: Mutex::default(),
+            unserved: Mutex::default(),
             links: Mutex::default(),
             peer_views: Mutex::default(),
             prewarms: prewarm::Jobs::default(),
@@ -181,11 +200,9 @@ impl Node {
             this: this.clone(),
         });
         for record in node.records.load()? {
-            let name = record.name.clone();
             // One volume whose disk is missing must not keep the others from being served; what is journalled of it stays.
-            if let Err(error) = node.restore(record).await {
-                tracing::error!(volume = %name, error = format!("{error:#}"), "a volume cannot be served");
-                anyhow::bail!("volume {name} cannot be served: {error:#}");
+            if let Err(error) = node.restore(record.clone()).await {
+                node.leave_unserved(record, format!("{error:#}"));
             }
         }
         Ok(node)
@@ -280,6 +297,7 @@ impl Node {
                 tracing::warn!(volume = %entry.volume.name(), %error, "the image will be hashed again after the restart");
             }
         }
+        self.links.lock().clear();
         self.endpoint.close("the site is shutting down");
         let _ = tokio::time::timeout(Duration::from_secs(2), self.endpoint.wait_idle()).await;
         if let Err(error) = self.store.flush() {
@@ -297,7 +315,8 @@ impl Served for Node {
     }
 
     fn find(&self, name: &str) -> Option<Found> {
-        let entry = self.entry(&name.parse().ok()?)?;
+        let name = name.parse().ok()?;
+        let Some(entry) = self.entry(&name) else { return self.why_unserved(&name).map(Err) };
         let state = entry.record.lock().state.clone();
         match state {
             Ownership::Arriving { is_taken: false, from, .. } => {

@@ -29,9 +29,10 @@ impl Node {
     /// Takes an image into ownership.
     pub(super) async fn add_owned(self: &Arc<Self>, add: AddVolume) -> Result<(), ApiError> {
         let _reserved = self.reserve(&add.name)?;
+        // First: the lock on the image would only say that somebody has it.
+        self.refuse_shared_image(&add.name, &add.image)?;
         let image = open_image(&add.image)
             .map_err(|error| ApiError::new(ErrorKind::Invalid, format!("volume {}: {error}", add.name), ""))?;
-        self.refuse_shared_image(&add.name, &add.image)?;
         let block_size = u64::from(self.config.store.block_size.bytes());
         let geometry = Geometry::new(image.size_bytes(), block_size)
             .map_err(|error| ApiError::new(ErrorKind::Invalid, format!("volume {}: {error}", add.name), ""))?;
@@ -70,33 +71,12 @@ impl Node {
 
     /// Stops serving a volume that nobody depends on. Its image stays.
     pub(super) async fn remove_owned(&self, name: &Name) -> Result<(), ApiError> {
-        let entry = self.entry(name).ok_or_else(|| no_such_volume(name))?;
-        let _turn = entry.turn.lock().await;
-        let state = entry.record.lock().state.clone();
-        match state {
-            Ownership::Released { to, is_completed: false } => {
-                return Err(ApiError::new(
-                    ErrorKind::Refused,
-                    format!("volume {name} still holds blocks that {to} has not fetched"),
-                    format!("wait until {to} says that it is complete, or cancel the relocation there"),
-                ));
-            }
-            Ownership::Arriving { .. } => {
-                return Err(ApiError::new(
-                    ErrorKind::Refused,
-                    format!("volume {name} is still arriving"),
-                    format!("wait until it is complete, or run `blockferry cancel {name}`"),
-                ));
-            }
-            Ownership::Arrived { from, is_released: false } => {
-                return Err(ApiError::new(
-                    ErrorKind::Conflict,
-                    format!("volume {name} is complete, but {from} has not been told yet"),
-                    format!("try again when {from} can be reached"),
-                ));
-            }
-            Ownership::Owned | Ownership::Released { .. } | Ownership::Arrived { .. } => {}
+        if let Some(removed) = self.remove_unserved(name) {
+            return removed;
         }
+        let entry = self.served(name)?;
+        let _turn = entry.turn.lock().await;
+        may_remove(name, &entry.record.lock().state)?;
         if entry.clients() > 0 {
             return Err(ApiError::new(
                 ErrorKind::Conflict,
@@ -105,8 +85,14 @@ impl Node {
             ));
         }
         let internal = |error: String| ApiError::new(ErrorKind::Internal, format!("volume {name}: {error}"), "");
-        entry.volume.fence().await.map_err(|error| internal(error.to_string()))?;
-        self.records.delete(name).map_err(|error| internal(error.to_string()))?;
+        let was_owner = entry.volume.is_owner();
+        let fenced = entry.volume.fence().await.map_err(|error| error.to_string());
+        if let Err(why) = fenced.and_then(|()| self.records.delete(name).map_err(|error| error.to_string())) {
+            if was_owner {
+                entry.volume.unfence();
+            }
+            return Err(internal(why));
+        }
         let _ = entry.stop.send(true);
         self.volumes.lock().remove(name);
         Ok(())
@@ -132,23 +118,51 @@ impl Node {
         Ok(entry)
     }
 
-    /// Makes (anew) what peers fetch from: after a change of ownership the generation is another.
+    /// Makes (anew) what peers fetch from, of an image that no guest writes at this moment.
     pub(super) fn renew_source(&self, entry: &Entry) -> Result<(), SourceError> {
         let record = entry.record.lock().clone();
         let image = Arc::clone(entry.volume.image());
-        let manifest =
-            Manifest::open(record.name.clone(), Arc::clone(&image), record.geometry, Arc::clone(&self.state))?;
+        let manifest = Manifest::open(record.name, image, record.geometry, Arc::clone(&self.state))?;
+        self.set_source(entry, Arc::new(manifest));
+        Ok(())
+    }
+
+    /// As [`Node::renew_source`] while guests write. Blocks until the writes that nobody noted have ended: what was
+    /// looked at before that would be believed for ever.
+    pub(super) fn begin_source(&self, entry: &Entry) -> Result<(), SourceError> {
+        let record = entry.record.lock().clone();
+        let image = Arc::clone(entry.volume.image());
+        let manifest = Manifest::open_written(record.name, image, record.geometry, Arc::clone(&self.state))?;
+        self.set_source(entry, Arc::new(manifest));
+        Ok(())
+    }
+
+    /// After a change of ownership the generation is another; the manifest is still right, and two that keep rows of
+    /// one image would not see each other's writes.
+    pub(super) fn renew_generation(&self, entry: &Entry) -> Result<(), SourceError> {
+        let kept = entry.source.lock().as_ref().map(|source| Arc::clone(&source.manifest));
+        match kept {
+            Some(manifest) => {
+                self.set_source(entry, manifest);
+                Ok(())
+            }
+            None => self.renew_source(entry),
+        }
+    }
+
+    fn set_source(&self, entry: &Entry, manifest: Arc<Manifest>) {
+        let record = entry.record.lock().clone();
         let source = Arc::new(SourceVolume {
             name: record.name,
-            image,
+            image: Arc::clone(entry.volume.image()),
             geometry: record.geometry,
             manifest,
             generation: record.generation,
         });
+        // Before anything is hashed.
         entry.volume.set_observer(Some(Arc::clone(&source) as Arc<dyn WriteObserver>));
         self.hasher.hash_in_background(&source);
         *entry.source.lock() = Some(source);
-        Ok(())
     }
 
     /// Keeps a name from being taken twice at the same time.
@@ -178,7 +192,7 @@ impl Node {
         Ok(())
     }
 
-    fn check_size(&self, record: &VolumeRecord, image: &Image) -> anyhow::Result<()> {
+    pub(super) fn check_size(&self, record: &VolumeRecord, image: &Image) -> anyhow::Result<()> {
         // A block device may be larger than the volume that it holds.
         let fits = if image.is_block_device() {
             image.size_bytes() >= record.geometry.size_bytes
@@ -205,6 +219,28 @@ pub(super) struct Reserved {
 impl Drop for Reserved {
     fn drop(&mut self) {
         self.node.reserved.lock().remove(&self.name);
+    }
+}
+
+/// Whether nobody depends on a volume's being served here.
+pub(super) fn may_remove(name: &Name, state: &Ownership) -> Result<(), ApiError> {
+    match state {
+        Ownership::Released { to, is_completed: false } => Err(ApiError::new(
+            ErrorKind::Refused,
+            format!("volume {name} still holds blocks that {to} has not fetched"),
+            format!("wait until {to} says that it is complete, or cancel the relocation there"),
+        )),
+        Ownership::Arriving { .. } => Err(ApiError::new(
+            ErrorKind::Refused,
+            format!("volume {name} is still arriving"),
+            format!("wait until it is complete, or run `blockferry cancel {name}`"),
+        )),
+        Ownership::Arrived { from, is_released: false } => Err(ApiError::new(
+            ErrorKind::Conflict,
+            format!("volume {name} is complete, but {from} has not been told yet"),
+            format!("try again when {from} can be reached"),
+        )),
+        Ownership::Owned | Ownership::Released { .. } | Ownership::Arrived { .. } => Ok(()),
     }
 }
 

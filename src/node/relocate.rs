@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::owned::no_such_volume;
 use super::record::{Ownership, VolumeRecord};
 use super::{Entry, Node};
 use crate::control::{ApiError, ErrorKind, RelocateRequest};
 use crate::core::ids::Name;
+use crate::core::wire::Refusal;
 use crate::fetch::{Expected, FetchError, Remote, VolumeKey};
 use crate::image::Image;
 use crate::units::Patience;
@@ -88,9 +88,17 @@ impl Node {
         let (name, epoch) = (record.name.clone(), record.epoch);
         let Ownership::Arriving { from, .. } = &record.state else { return Ok(()) };
         match tokio::time::timeout(PEER_TIMEOUT, self.fetch.take_over(key, epoch)).await {
-            Ok(Ok(_)) => self.taken(entry).map_err(|error| {
-                ApiError::new(ErrorKind::Internal, format!("volume {name}: {error}"), "restart the daemon")
-            }),
+            Ok(Ok(_)) => match self.taken(entry).await {
+                Ok(true) => Ok(()),
+                Ok(false) => {
+                    let what = format!("volume {name}: the relocation was cancelled meanwhile");
+                    Err(ApiError::new(ErrorKind::Conflict, what, ""))
+                }
+                Err(error) => {
+                    let what = format!("volume {name}: {error}");
+                    Err(ApiError::new(ErrorKind::Internal, what, "restart the daemon"))
+                }
+            },
             Ok(Err(error)) => {
                 // The source says that it did not let go: nothing has happened.
                 let refusal = refused(&name, from, &error);
@@ -114,26 +122,31 @@ impl Node {
         let epoch = entry.record.lock().epoch;
         let mut stop = entry.stop.subscribe();
         let answer = tokio::select! {
-            answer = self.fetch.take_over(key, epoch) => answer,
+            answer = until_final(|| self.fetch.take_over(key, epoch)) => answer,
             _ = stop.wait_for(|stop| *stop) => return,
         };
         match answer {
-            Ok(_) => match self.taken(entry) {
-                Ok(()) => self.spawn_copy(entry),
+            Ok(_) => match self.taken(entry).await {
+                Ok(true) => self.spawn_copy(entry),
+                Ok(false) => {}
                 Err(error) => *entry.trouble.lock() = Some(error.to_string()),
             },
             Err(error) => *entry.trouble.lock() = Some(error.to_string()),
         }
     }
 
-    fn taken(&self, entry: &Entry) -> Result<(), super::record::RecordError> {
+    /// The source let go. Returns whether this site is the owner now: not if the relocation was given up while it was
+    /// asked.
+    async fn taken(&self, entry: &Entry) -> Result<bool, super::record::RecordError> {
+        let _turn = entry.turn.lock().await;
         let mut record = entry.record.lock().clone();
-        if let Ownership::Arriving { is_taken, .. } = &mut record.state {
-            *is_taken = true;
+        match &mut record.state {
+            Ownership::Arriving { is_taken, is_given_back: false, .. } => *is_taken = true,
+            _ => return Ok(false),
         }
         self.save(entry, record)?;
         entry.volume.unfence();
-        Ok(())
+        Ok(true)
     }
 
     /// Goes on with a relocation after a restart: the volume is served at once, blocks come when the peer can be reached.
@@ -143,6 +156,7 @@ impl Node {
         };
         let (from, generation, is_taken, is_given_back) = (from.clone(), *source_generation, *is_taken, *is_given_back);
         let image = Image::open_write(&record.image)?;
+        self.check_size(&record, &image)?;
         let is_owner = is_taken && !is_given_back;
         let volume = Volume::relocating(self.parts(&record, image, is_owner), false)?;
         let peer = self.ensure_dialled(&from).ok_or_else(|| {
@@ -203,16 +217,20 @@ impl Node {
         let Ownership::Arriving { from, is_given_back: false, .. } = record.state.clone() else { return };
         record.state = Ownership::Arrived { from: from.clone(), is_released: false };
         let epoch = record.epoch;
-        let saved = self.save(entry, record);
-        let prepared = saved.map_err(|error| error.to_string()).and_then(|()| {
-            entry.volume.forget_journal().map_err(|error| error.to_string())?;
-            // From here on others may fetch it from us.
-            self.renew_source(entry).map_err(|error| error.to_string())
-        });
-        if let Err(why) = prepared {
-            tracing::error!(volume = %entry.volume.name(), why, "the volume is complete, but that could not be recorded");
-            *entry.trouble.lock() = Some(why);
+        if let Err(error) = self.save(entry, record) {
+            tracing::error!(volume = %entry.volume.name(), %error, "the volume is complete, but that could not be recorded");
+            *entry.trouble.lock() = Some(error.to_string());
             return;
+        }
+        // From here on others may fetch it from us.
+        let (node, of) = (Arc::clone(self), Arc::clone(entry));
+        let begun = tokio::task::spawn_blocking(move || -> Result<(), String> {
+            of.volume.forget_journal().map_err(|error| error.to_string())?;
+            node.begin_source(&of).map_err(|error| error.to_string())
+        });
+        if let Err(why) = begun.await.unwrap_or_else(|error| Err(error.to_string())) {
+            tracing::error!(volume = %entry.volume.name(), why, "the volume is complete, but no peer can fetch it from here");
+            *entry.trouble.lock() = Some(why);
         }
         drop(turn);
         tracing::info!(volume = %entry.volume.name(), "every block is here");
@@ -234,21 +252,19 @@ impl Node {
 
     async fn tell_source(self: &Arc<Self>, entry: &Arc<Entry>, from: &Name, epoch: u64) {
         let name = entry.volume.name().clone();
-        let mut key = entry.volume.relocation().map(|relocation| relocation.key());
         loop {
             let told = async {
-                let open = match key {
-                    Some(key) => key,
-                    None => {
-                        let peer = self.ensure_dialled(from).ok_or(FetchError::UnknownPeer)?;
-                        self.fetch.open(peer, name.clone()).await?.key
-                    }
-                };
-                key = Some(open);
-                self.fetch.completed(open, epoch).await
+                let peer = self.ensure_dialled(from).ok_or(FetchError::UnknownPeer)?;
+                // Opened for this: a source that has no such volume any more says so.
+                let open = self.fetch.open(peer, name.clone()).await?.key;
+                let told = tokio::time::timeout(PEER_TIMEOUT, self.fetch.completed(open, epoch)).await;
+                self.fetch.close(open);
+                told.unwrap_or(Err(FetchError::Gone))
             };
             match told.await {
                 Ok(_) => break,
+                // It heard, its answer was lost, and it has let go since.
+                Err(FetchError::Refused { refusal: Refusal::UnknownVolume | Refusal::NotOwner, .. }) => break,
                 Err(error) => {
                     tracing::warn!(volume = %name, peer = %from, %error, "the source does not know yet that it may let go");
                     tokio::time::sleep(TELL_AGAIN).await;
@@ -263,14 +279,14 @@ impl Node {
                 tracing::warn!(volume = %name, %error, "that the source let go could not be recorded");
             }
         }
-        if let Some(key) = key {
-            self.fetch.close(key);
+        if let Some(relocation) = entry.volume.relocation() {
+            self.fetch.close(relocation.key());
         }
     }
 
     /// Gives a relocation up: the source becomes the owner again.
     pub(super) async fn cancel_relocation(self: &Arc<Self>, name: &Name) -> Result<(), ApiError> {
-        let entry = self.entry(name).ok_or_else(|| no_such_volume(name))?;
+        let entry = self.served(name)?;
         let turn = entry.turn.lock().await;
         let mut record = entry.record.lock().clone();
         let Ownership::Arriving { from, is_given_back, .. } = &mut record.state else {
@@ -283,18 +299,28 @@ impl Node {
         let from = from.clone();
         let is_repeated = std::mem::replace(is_given_back, true);
         let was_owner = entry.volume.is_owner();
-        entry.volume.fence().await.map_err(|error| {
-            ApiError::new(ErrorKind::Internal, format!("volume {name}: {error}"), "nothing was cancelled")
-        })?;
-        if entry.volume.has_guest_writes() {
-            if was_owner {
-                entry.volume.unfence();
-            }
-            return Err(ApiError::new(
+        let written = || {
+            ApiError::new(
                 ErrorKind::Refused,
                 format!("volume {name} was written here since it is relocated; cancelling would lose those writes"),
                 "let it complete; then relocate it back",
-            ));
+            )
+        };
+        // Before the fence: it would fail the guest's writes meanwhile, and wait for those that wait for the peer.
+        if entry.volume.has_guest_writes() {
+            return Err(written());
+        }
+        let fenced = entry.volume.fence().await;
+        if fenced.is_err() || entry.volume.has_guest_writes() {
+            if was_owner {
+                entry.volume.unfence();
+            }
+            return Err(match fenced {
+                Err(error) => {
+                    ApiError::new(ErrorKind::Internal, format!("volume {name}: {error}"), "nothing was cancelled")
+                }
+                Ok(()) => written(),
+            });
         }
         if !is_repeated {
             self.save(&entry, record).map_err(|error| {
@@ -325,7 +351,7 @@ impl Node {
 
     async fn finish_giving_back(self: &Arc<Self>, entry: &Arc<Entry>, key: VolumeKey) {
         let epoch = entry.record.lock().epoch;
-        match self.fetch.give_back(key, epoch).await {
+        match until_final(|| self.fetch.give_back(key, epoch)).await {
             Ok(_) => self.forget(entry, key, true),
             Err(error) => *entry.trouble.lock() = Some(error.to_string()),
         }
@@ -382,6 +408,16 @@ impl Node {
     }
 }
 
+/// Asks until the answer is one that will not change by itself.
+async fn until_final<F: Future<Output = Result<u64, FetchError>>>(ask: impl Fn() -> F) -> Result<u64, FetchError> {
+    loop {
+        match ask().await {
+            Err(FetchError::Refused { refusal, .. }) if refusal.is_transient() => tokio::time::sleep(TELL_AGAIN).await,
+            answer => return answer,
+        }
+    }
+}
+
 /// A remote volume that is closed again unless the relocation comes about.
 struct Closing<'a> {
     node: &'a Node,
@@ -398,7 +434,6 @@ impl Drop for Closing<'_> {
 }
 
 fn refused(name: &Name, peer: &Name, error: &FetchError) -> ApiError {
-    use crate::core::wire::Refusal;
     let kind = match error {
         FetchError::Refused { refusal: Refusal::UnknownVolume, .. } => ErrorKind::NotFound,
         FetchError::Refused { refusal: Refusal::NotOwner | Refusal::Busy, .. } => ErrorKind::Conflict,

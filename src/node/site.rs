@@ -7,7 +7,6 @@ use std::sync::atomic::Ordering;
 use futures::future::BoxFuture;
 
 use super::Node;
-use super::owned::no_such_volume;
 use super::record::Ownership;
 use crate::control::{
     AddVolume, Answer, ApiError, ErrorKind, JobId, PrewarmStatus, RelocateRequest, Site, SiteStatus, VolumeStatus,
@@ -23,7 +22,7 @@ impl Node {
 
     /// Changes the switches of a background copy, in the journal and in effect.
     async fn set_pace(&self, name: Name, change: impl FnOnce(&mut bool, &mut Option<u64>)) -> Result<(), ApiError> {
-        let entry = self.entry(&name).ok_or_else(|| no_such_volume(&name))?;
+        let entry = self.served(&name)?;
         let _turn = entry.turn.lock().await;
         let mut record = entry.record.lock().clone();
         let (Ownership::Arriving { is_paused, limit_bytes_per_s, .. }, Some(relocation)) =
@@ -51,12 +50,15 @@ impl Site for Node {
         Box::pin(async move {
             *self.peer_views.lock() = self.fetch.peers().await;
             let entries: Vec<_> = self.volumes.lock().values().cloned().collect();
+            let mut volumes: Vec<_> = entries.iter().map(|entry| self.describe(entry)).collect();
+            volumes.extend(self.describe_unserved());
+            volumes.sort_by(|a, b| a.name.cmp(&b.name));
             Ok(SiteStatus {
                 site: self.config.site.name.clone(),
                 fingerprint: self.identity.fingerprint(),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 uptime_s: self.began.elapsed().as_secs_f64(),
-                volumes: entries.iter().map(|entry| self.describe(entry)).collect(),
+                volumes,
                 peers: self.describe_peers(),
                 store: self.store.stats(),
             })
@@ -66,7 +68,10 @@ impl Site for Node {
     fn volume_status(&self, name: Name) -> Answer<'_, VolumeStatus> {
         Box::pin(async move {
             *self.peer_views.lock() = self.fetch.peers().await;
-            let entry = self.entry(&name).ok_or_else(|| no_such_volume(&name))?;
+            if let Some(unserved) = self.unserved.lock().get(&name) {
+                return Ok(self.describe_record(unserved));
+            }
+            let entry = self.served(&name)?;
             Ok(self.describe(&entry))
         })
     }

@@ -44,20 +44,29 @@ impl RateMeter {
     }
 }
 
+/// Who is who in a relocation, as seen from this site.
+pub(super) struct Sides {
+    pub(super) role: Role,
+    pub(super) owner: Name,
+    pub(super) peer: Option<Name>,
+}
+
+pub(super) fn sides(here: &Name, state: &Ownership) -> Sides {
+    let (role, owner, peer) = match state {
+        Ownership::Owned => (Role::Source, here, None),
+        Ownership::Released { to, .. } => (Role::Source, to, Some(to)),
+        Ownership::Arriving { from, is_taken: true, is_given_back: false, .. } => (Role::Destination, here, Some(from)),
+        Ownership::Arriving { from, .. } => (Role::Destination, from, Some(from)),
+        Ownership::Arrived { from, .. } => (Role::Destination, here, Some(from)),
+    };
+    Sides { role, owner: owner.clone(), peer: peer.cloned() }
+}
+
 impl Node {
     pub(super) fn describe(&self, entry: &Entry) -> VolumeStatus {
         let record = entry.record.lock().clone();
         let snapshot = entry.volume.snapshot();
-        let here = &self.config.site.name;
-        let (role, owner, peer) = match &record.state {
-            Ownership::Owned => (Role::Source, here.clone(), None),
-            Ownership::Released { to, .. } => (Role::Source, to.clone(), Some(to.clone())),
-            Ownership::Arriving { from, is_taken: true, is_given_back: false, .. } => {
-                (Role::Destination, here.clone(), Some(from.clone()))
-            }
-            Ownership::Arriving { from, .. } => (Role::Destination, from.clone(), Some(from.clone())),
-            Ownership::Arrived { from, .. } => (Role::Destination, here.clone(), Some(from.clone())),
-        };
+        let Sides { role, owner, peer } = sides(&self.config.site.name, &record.state);
         let view = peer.as_ref().and_then(|peer| self.view_of(peer));
         let (phase, phase_reason) = self.phase(entry, &record.state, view.as_ref());
         let moved = &snapshot.moved;
@@ -197,7 +206,7 @@ impl Node {
         self.links.lock().get(&key)?.last_error().map(|error| error.to_string())
     }
 
-    fn link_status(&self, peer: &Name) -> LinkStatus {
+    pub(super) fn link_status(&self, peer: &Name) -> LinkStatus {
         let is_dialled = self.key_of(peer).is_some_and(|key| self.links.lock().contains_key(&key));
         let view = self.view_of(peer);
         let state = match &view {

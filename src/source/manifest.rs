@@ -73,17 +73,7 @@ impl Manifest {
         geometry: Geometry,
         db: Arc<dyn State>,
     ) -> Result<Manifest, SourceError> {
-        let manifest = Manifest {
-            pages: (0..geometry.pages()).map(|_| AtomicU8::new(UNKNOWN)).collect(),
-            volume,
-            image,
-            geometry,
-            db,
-            hashed_pages: AtomicU64::new(0),
-            ids: Mutex::default(),
-            is_sealed: AtomicBool::new(false),
-            seal: Mutex::default(),
-        };
+        let manifest = Manifest::unknown(volume, image, geometry, db);
         let stamp = manifest.image.stamp()?;
         let kept = manifest.get(&manifest.key("stamp"))?;
         let kept: Option<Sealed> = kept.and_then(|row| serde_json::from_slice(&row).ok());
@@ -98,6 +88,33 @@ impl Manifest {
         manifest.is_sealed.store(true, Ordering::Release);
         manifest.find_holes()?;
         Ok(manifest)
+    }
+
+    /// For an image that guests write at this moment: nothing is known of it but what is hashed once every write is
+    /// noted here.
+    pub fn open_written(
+        volume: Name,
+        image: Arc<Image>,
+        geometry: Geometry,
+        db: Arc<dyn State>,
+    ) -> Result<Manifest, SourceError> {
+        let manifest = Manifest::unknown(volume, image, geometry, db);
+        manifest.forget_rows()?;
+        Ok(manifest)
+    }
+
+    fn unknown(volume: Name, image: Arc<Image>, geometry: Geometry, db: Arc<dyn State>) -> Manifest {
+        Manifest {
+            pages: (0..geometry.pages()).map(|_| AtomicU8::new(UNKNOWN)).collect(),
+            volume,
+            image,
+            geometry,
+            db,
+            hashed_pages: AtomicU64::new(0),
+            ids: Mutex::default(),
+            is_sealed: AtomicBool::new(false),
+            seal: Mutex::default(),
+        }
     }
 
     /// How many pages there are ids for.
@@ -163,10 +180,6 @@ impl Manifest {
         let id = hashed.id();
         let mut after = ZERO;
         if !hashed.is_zero() {
-            let mut batch = StateBatch::default();
-            batch.put(self.page_key(page), [&id.0[..], &hashed.to_bytes()].concat());
-            // Not synced: a lost row costs a hash.
-            self.write(batch, false)?;
             self.ids.lock().insert(page.0, id);
             after = KNOWN;
         }
@@ -176,6 +189,18 @@ impl Manifest {
         } else if !is_kept && (before == KNOWN || before == ZERO) {
             self.hashed_pages.fetch_sub(1, Ordering::Relaxed);
         }
+        if is_kept && after == KNOWN {
+            // Under the lock, and only while it is still known: a write that is noted from here on finds its place in
+            // `stale` behind this row, so that no row can come after the seal that should have dropped it.
+            let mut seal = self.seal.lock();
+            if state.load(Ordering::Acquire) == KNOWN {
+                let mut batch = StateBatch::default();
+                batch.put(self.page_key(page), [&id.0[..], &hashed.to_bytes()].concat());
+                // Not synced: a lost row costs a hash.
+                self.write(batch, false)?;
+                seal.stale.remove(&page.0);
+            }
+        }
         Ok(hashed)
     }
 
@@ -184,15 +209,15 @@ impl Manifest {
     pub fn note_write(&self, bytes: Range<u64>) -> Result<(), SourceError> {
         if self.is_sealed.load(Ordering::Acquire) {
             let mut seal = self.seal.lock();
-            if seal.stamp.take().is_some() {
-                if std::mem::take(&mut seal.is_row_written) {
-                    let mut batch = StateBatch::default();
-                    batch.delete(self.key("stamp"));
-                    // Durable before the write: the image's times may reach the disk after its bytes.
-                    self.write(batch, true)?;
-                }
-                self.is_sealed.store(false, Ordering::Release);
+            if seal.is_row_written {
+                let mut batch = StateBatch::default();
+                batch.delete(self.key("stamp"));
+                // Durable before the write: the image's times may reach the disk after its bytes.
+                self.write(batch, true)?;
+                seal.is_row_written = false;
             }
+            seal.stamp = None;
+            self.is_sealed.store(false, Ordering::Release);
         }
         if bytes.is_empty() {
             return Ok(());
@@ -224,12 +249,11 @@ impl Manifest {
             return Ok(());
         }
         let mut batch = StateBatch::default();
-        for page in std::mem::take(&mut seal.stale) {
-            if self.pages[page as usize].load(Ordering::Acquire) != KNOWN {
-                batch.delete(self.page_key(PageIndex(page)));
-            }
+        for page in &seal.stale {
+            batch.delete(self.page_key(PageIndex(*page)));
         }
         self.write(batch, true)?;
+        seal.stale.clear();
         seal.stamp = stamp;
         seal.is_row_written = false;
         self.is_sealed.store(true, Ordering::Release);

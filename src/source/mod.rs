@@ -29,7 +29,7 @@ pub struct SourceVolume {
     /// Shape of the image.
     pub geometry: Geometry,
     /// Its manifest, as far as it is hashed.
-    pub manifest: Manifest,
+    pub manifest: Arc<Manifest>,
     /// Counts hand-overs and contents: the destination holds on to what it was told under one number.
     pub generation: u64,
 }

@@ -1,7 +1,7 @@
 //! What one peer has asked for and not yet got: strict order of classes, promotion, bounds. Pure: must not know images,
 //! connections or threads.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use crate::core::ids::{BlockIndex, Class};
 use crate::core::wire::Want;
@@ -53,8 +53,21 @@ impl SendQueue {
         if let std::collections::hash_map::Entry::Vacant(place) = self.open.entry(want.flight) {
             place.insert((item, want.class, false));
             self.queues[want.class as usize].push_back(want.flight);
+            self.sweep(want.class);
         }
         Ok(())
+    }
+
+    /// What was forgotten or promoted stays in its queue until its turn: a peer that wants and forgets in a circle must
+    /// not make it grow without end.
+    fn sweep(&mut self, class: Class) {
+        let queue = &mut self.queues[class as usize];
+        if queue.len() > 2 * MAX_OPEN_WANTS {
+            let mut seen = HashSet::new();
+            let is_current =
+                |flight: &u64| self.open.get(flight).is_some_and(|(_, now, begun)| *now == class && !*begun);
+            queue.retain(|flight| is_current(flight) && seen.insert(*flight));
+        }
     }
 
     /// The next item of the classes up to `least`, the most urgent first; it counts as open until [`SendQueue::done`].
@@ -80,6 +93,8 @@ impl SendQueue {
             *now = class;
             if !*is_under_way {
                 self.queues[class as usize].push_back(flight);
+                self.sweep(class);
+                return Promoted::Requeued;
             }
         }
         if *is_under_way { Promoted::UnderWay } else { Promoted::Requeued }
@@ -125,6 +140,20 @@ mod tests {
         assert_eq!(queue.promote(1, Class::Demand), Promoted::UnderWay);
         assert_eq!(queue.done(1), Some(Class::Demand));
         assert_eq!(queue.promote(1, Class::Demand), Promoted::Unknown);
+    }
+
+    #[test]
+    fn a_peer_that_wants_and_forgets_in_a_circle_is_bounded() {
+        let mut queue = SendQueue::default();
+        queue.push(want(7, Class::Bulk)).expect("room");
+        for _ in 0..4 * MAX_OPEN_WANTS {
+            queue.push(want(1, Class::Bulk)).expect("room");
+            queue.promote(1, Class::Demand);
+            queue.forget(1);
+        }
+        assert!(queue.queues.iter().all(|queue| queue.len() <= 2 * MAX_OPEN_WANTS + 1));
+        assert_eq!(queue.pop(&[Class::Bulk]).map(|(item, _)| item.flight), Some(7), "what is wanted keeps its place");
+        assert_eq!(queue.pop(&Class::ALL), None);
     }
 
     #[test]

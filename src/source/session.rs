@@ -17,7 +17,7 @@ use super::{Catalog, Hasher, SourceVolume};
 use crate::core::frame::Frame;
 use crate::core::ids::{BlockId, Class, Name};
 use crate::core::manifest::PageIndex;
-use crate::core::wire::{Control, Data, Refusal, VERSIONS, choose_version};
+use crate::core::wire::{Control, Data, MAX_ROOTS_PER_MESSAGE, Refusal, VERSIONS, choose_version};
 use crate::transport::{DataTicket, Link, LinkReceivers, NewLink};
 use crate::workers::{Urgency, Workers};
 
@@ -28,8 +28,6 @@ const URGENT_AT_A_TIME: usize = 16;
 const BULK_AT_A_TIME: usize = 8;
 /// Volumes that one peer may have opened on one connection.
 const MAX_HANDLES: usize = 4096;
-/// The most page states in one answer: 264 KiB.
-const MAX_ROOTS: u64 = 8192;
 /// Pages of one peer that wait to be hashed. A page is 1,024 blocks; more would only queue.
 const MAX_OPEN_PAGES: usize = 256;
 /// Sent messages whose tickets are kept for a late promotion.
@@ -56,11 +54,12 @@ struct Session {
     handles: Mutex<HashMap<u32, Arc<SourceVolume>>>,
     queue: Mutex<SendQueue>,
     tickets: Mutex<Tickets>,
-    urgent: Notify,
-    bulk: Notify,
+    /// One for each class.
+    news: [Notify; 3],
     promoted: Notify,
     next_handle: AtomicU32,
     open_pages: AtomicUsize,
+    open_changes: AtomicUsize,
     bulk_level: AtomicUsize,
 }
 
@@ -96,17 +95,19 @@ pub async fn serve_link(
         handles: Mutex::default(),
         queue: Mutex::default(),
         tickets: Mutex::default(),
-        urgent: Notify::new(),
-        bulk: Notify::new(),
+        news: Default::default(),
         promoted: Notify::new(),
         next_handle: AtomicU32::new(1),
         open_pages: AtomicUsize::new(0),
+        open_changes: AtomicUsize::new(0),
         bulk_level: AtomicUsize::new(1),
     });
     let end = tokio::select! {
         end = requests(&session, &catalog, &mut receivers) => end,
-        () = pump(&session, &[Class::Demand, Class::Readahead], URGENT_AT_A_TIME, &session.urgent) => String::new(),
-        () = pump(&session, &[Class::Bulk], BULK_AT_A_TIME, &session.bulk) => String::new(),
+        // One for each, so that what a guest waits for never waits behind readahead that waits for the link.
+        () = pump(&session, Class::Demand, URGENT_AT_A_TIME) => String::new(),
+        () = pump(&session, Class::Readahead, URGENT_AT_A_TIME) => String::new(),
+        () = pump(&session, Class::Bulk, BULK_AT_A_TIME) => String::new(),
         error = link.closed() => error.to_string(),
     };
     link.close(&end);
@@ -154,8 +155,7 @@ async fn requests(session: &Arc<Session>, catalog: &Arc<dyn Catalog>, receivers:
                         return error.to_string();
                     }
                 }
-                session.urgent.notify_one();
-                session.bulk.notify_one();
+                session.news.iter().for_each(Notify::notify_one);
                 continue;
             }
             Control::Promote { flight, class } => {
@@ -178,33 +178,46 @@ async fn requests(session: &Arc<Session>, catalog: &Arc<dyn Catalog>, receivers:
                 continue;
             }
             Control::Roots { flight, handle, first, count } => {
-                let volume = session.handles.lock().get(&handle).cloned();
-                let message = match volume {
-                    Some(volume) => {
-                        let entries = volume.manifest.roots(first, u64::from(count).min(MAX_ROOTS));
-                        Data::Roots { flight, first, entries }
-                    }
-                    None => failed(flight, Refusal::BadRequest, "that volume is not open".into()),
-                };
-                if session.link.send_data(Class::Readahead, message.encode()).await.is_err() {
-                    return "the connection is lost".into();
+                if session.open_pages.fetch_add(1, Ordering::Relaxed) >= MAX_OPEN_PAGES {
+                    return format!("more than {MAX_OPEN_PAGES} pages wanted at a time");
                 }
+                let session = Arc::clone(session);
+                // Apart, as pages are: while it waits for the link, requests and promotions are read on.
+                tokio::spawn(async move {
+                    session.send_roots(flight, handle, first, count).await;
+                    session.open_pages.fetch_sub(1, Ordering::Relaxed);
+                });
                 continue;
             }
             Control::Open { request, volume } => match catalog.open(&peer, &volume) {
                 Ok((volume, epoch)) => session.open(request, &volume, epoch),
                 Err((refusal, why)) => Control::Refused { request, refusal, why },
             },
-            Control::TakeOver { request, handle, epoch } => match session.name_of(handle) {
-                Some(volume) => answer(request, catalog.take_over(&peer, &volume, epoch).await),
-                None => not_open(request),
-            },
-            Control::Completed { request, handle, epoch } => match session.name_of(handle) {
-                Some(volume) => answer(request, catalog.completed(&peer, &volume, epoch).await),
-                None => not_open(request),
-            },
-            Control::GiveBack { request, handle, epoch } => match session.name_of(handle) {
-                Some(volume) => answer(request, catalog.give_back(&peer, &volume, epoch).await),
+            Control::TakeOver { request, handle, .. }
+            | Control::Completed { request, handle, .. }
+            | Control::GiveBack { request, handle, .. } => match session.name_of(handle) {
+                Some(_) if session.open_changes.load(Ordering::Relaxed) >= MAX_HANDLES => {
+                    return format!("more than {MAX_HANDLES} changes of ownership wanted at a time");
+                }
+                Some(volume) => {
+                    session.open_changes.fetch_add(1, Ordering::Relaxed);
+                    let (session, catalog) = (Arc::clone(session), Arc::clone(catalog));
+                    // Apart: a change that was begun must be finished though the connection is lost meanwhile, and
+                    // while an image is flushed for it, guests of other volumes go on reading.
+                    tokio::spawn(async move {
+                        let peer = session.link.peer();
+                        let changed = match frame {
+                            Control::Completed { epoch, .. } => catalog.completed(peer, &volume, epoch).await,
+                            Control::GiveBack { epoch, .. } => catalog.give_back(peer, &volume, epoch).await,
+                            Control::TakeOver { epoch, .. } => catalog.take_over(peer, &volume, epoch).await,
+                            _ => return,
+                        };
+                        session.open_changes.fetch_sub(1, Ordering::Relaxed);
+                        // If the connection is lost, the peer asks again on the next one.
+                        let _ = session.link.send_control(answer(request, changed).encode()).await;
+                    });
+                    continue;
+                }
                 None => not_open(request),
             },
             Control::Hello { .. }
@@ -236,21 +249,22 @@ fn failed(flight: u64, refusal: Refusal, why: String) -> Data {
     Data::Failed { flight, refusal, why }
 }
 
-/// Keeps a few items of its classes under way, always the most urgent ones.
-async fn pump(session: &Arc<Session>, classes: &[Class], at_a_time: usize, news: &Notify) {
+/// Keeps a few items of a class under way.
+async fn pump(session: &Arc<Session>, class: Class, at_a_time: usize) {
+    let news = &session.news[class as usize];
     let mut under_way = FuturesUnordered::new();
     let mut waited = Duration::ZERO;
     let mut judged_at = Instant::now();
     loop {
         while under_way.len() < at_a_time {
-            let Some((item, class)) = session.queue.lock().pop(classes) else { break };
+            let Some((item, class)) = session.queue.lock().pop(&[class]) else { break };
             under_way.push(session.serve(item, class));
         }
         tokio::select! {
             () = news.notified() => {}
             Some(wait) = under_way.next(), if !under_way.is_empty() => waited += wait,
         }
-        if classes == [Class::Bulk] && judged_at.elapsed() > Duration::from_millis(500) {
+        if class == Class::Bulk && judged_at.elapsed() > Duration::from_millis(500) {
             session.judge_level(waited, judged_at.elapsed(), under_way.len());
             waited = Duration::ZERO;
             judged_at = Instant::now();
@@ -265,7 +279,9 @@ impl Session {
             let why = format!("more than {MAX_HANDLES} volumes opened on one connection");
             return Control::Refused { request, refusal: Refusal::BadRequest, why };
         }
-        let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
+        // Opened again, it keeps its number: a peer has no way to close one.
+        let kept = handles.iter().find(|(_, kept)| Arc::ptr_eq(kept, volume)).map(|(handle, _)| *handle);
+        let handle = kept.unwrap_or_else(|| self.next_handle.fetch_add(1, Ordering::Relaxed));
         handles.insert(handle, Arc::clone(volume));
         self.hasher.hash_in_background(volume);
         Control::Opened { request, handle, geometry: volume.geometry, generation: volume.generation, epoch }
@@ -278,7 +294,7 @@ impl Session {
     fn promote(&self, flight: u64, class: Class) {
         let promoted = self.queue.lock().promote(flight, class);
         match promoted {
-            Promoted::Requeued => self.urgent.notify_one(),
+            Promoted::Requeued => self.news.iter().for_each(Notify::notify_one),
             Promoted::UnderWay => self.promoted.notify_waiters(),
             Promoted::Unknown => {
                 if let Some(ticket) = self.tickets.lock().by_flight.get(&flight) {
@@ -316,29 +332,40 @@ impl Session {
         waited
     }
 
-    /// Hands a message to the transport, in the class that it has by then: bulk waits for room, and a promotion
-    /// ends that wait.
+    /// Hands a message to the transport, in the class that it has by then: bulk and readahead wait for room, and a
+    /// promotion ends that wait.
     async fn hand_over(&self, flight: u64, class: Class, parts: Vec<Bytes>) -> Option<(DataTicket, Class)> {
-        if class == Class::Bulk {
-            let sent = self.link.send_data(Class::Bulk, parts.clone());
+        loop {
+            let class = self.queue.lock().class_of(flight).unwrap_or(class);
+            let sent = self.link.send_data(class, parts.clone());
             tokio::pin!(sent);
             loop {
                 let promoted = self.promoted.notified();
                 tokio::pin!(promoted);
                 promoted.as_mut().enable();
-                if self.queue.lock().class_of(flight) != Some(Class::Bulk) {
+                if self.queue.lock().class_of(flight).is_some_and(|now| now != class) {
                     // Given up before it resolved, so nothing of it was sent.
                     break;
                 }
                 tokio::select! {
-                    sent = &mut sent => return sent.ok().map(|ticket| (ticket, Class::Bulk)),
+                    // An error means that the link is gone, which the session's end is told by others.
+                    sent = &mut sent => return sent.ok().map(|ticket| (ticket, class)),
                     () = promoted => {}
                 }
             }
         }
-        let class = self.queue.lock().class_of(flight).unwrap_or(class);
-        // An error means that the link is gone, which the session's end is told by others.
-        self.link.send_data(class, parts).await.ok().map(|ticket| (ticket, class))
+    }
+
+    async fn send_roots(&self, flight: u64, handle: u32, first: PageIndex, count: u32) {
+        let volume = self.handles.lock().get(&handle).cloned();
+        let message = match volume {
+            Some(volume) => {
+                let entries = volume.manifest.roots(first, u64::from(count).min(MAX_ROOTS_PER_MESSAGE as u64));
+                Data::Roots { flight, first, entries }
+            }
+            None => failed(flight, Refusal::BadRequest, "that volume is not open".into()),
+        };
+        let _ = self.link.send_data(Class::Readahead, message.encode()).await;
     }
 
     async fn send_page(&self, flight: u64, handle: u32, page: PageIndex) {

@@ -166,6 +166,7 @@ async fn copy_until_done(volume: &Arc<Volume>, relocation: &Arc<Relocation>) -> 
 async fn copy_once(volume: &Arc<Volume>, relocation: &Arc<Relocation>) -> Result<(), VolumeError> {
     let geometry = volume.geometry;
     let bits = volume.disk.bits();
+    let control = &relocation.bulk;
     let mut under_way = FuturesUnordered::new();
     let mut ahead = PageIndex(0);
     for page in (0..geometry.pages()).map(PageIndex) {
@@ -173,7 +174,7 @@ async fn copy_once(volume: &Arc<Volume>, relocation: &Arc<Relocation>) -> Result
         if bits.first_absent(blocks.clone()).is_none() {
             continue;
         }
-        relocation.bulk.until_running().await;
+        until_running(control, &mut under_way).await?;
         while ahead.0 < (page.0 + PAGES_AHEAD).min(geometry.pages()) {
             ahead.0 = ahead.0.max(page.0);
             if bits.first_absent(ahead.blocks(geometry.blocks())).is_some() {
@@ -203,7 +204,7 @@ async fn copy_once(volume: &Arc<Volume>, relocation: &Arc<Relocation>) -> Result
                     landed?;
                 }
             }
-            relocation.bulk.until_running().await;
+            until_running(control, &mut under_way).await?;
             let len_bytes = geometry.len_of(block);
             let wanted = relocation.fetch.want(relocation.key, block, Some(id), Class::Bulk, len_bytes);
             under_way.push(fetch_one(Arc::clone(volume), block, wanted));
@@ -213,6 +214,22 @@ async fn copy_once(volume: &Arc<Volume>, relocation: &Arc<Relocation>) -> Result
         landed?;
     }
     Ok(())
+}
+
+/// Waits while the copy is paused. What is under way lands meanwhile: it holds memory that other volumes' bulk waits
+/// for.
+async fn until_running<F: Future<Output = Result<(), VolumeError>>>(
+    control: &BulkControl,
+    under_way: &mut FuturesUnordered<F>,
+) -> Result<(), VolumeError> {
+    let running = control.until_running();
+    tokio::pin!(running);
+    loop {
+        tokio::select! {
+            () = &mut running => return Ok(()),
+            Some(landed) = under_way.next(), if !under_way.is_empty() => landed?,
+        }
+    }
 }
 
 async fn fetch_one(volume: Arc<Volume>, block: BlockIndex, wanted: crate::fetch::Wanted) -> Result<(), VolumeError> {

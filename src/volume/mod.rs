@@ -52,14 +52,18 @@ pub struct Volume {
     journal: Journal,
     gate: Arc<WriteGate>,
     flushes: FlushGate,
-    is_sync_broken: AtomicBool,
+    is_sync_broken: Arc<AtomicBool>,
     /// No block is absent and none ever will be: the path without any trace of relocation.
     is_complete: AtomicBool,
     relocation: RwLock<Option<Arc<Relocation>>>,
-    observer: RwLock<Option<Arc<dyn WriteObserver>>>,
+    observer: Arc<RwLock<Option<Arc<dyn WriteObserver>>>>,
     guest_wrote: AtomicBool,
+    /// Whether the journal says that a guest writes here, or need not say it.
+    is_guest_noted: Arc<AtomicBool>,
     stats: Arc<stats::Stats>,
     landing: Arc<tokio::sync::Semaphore>,
+    /// Apart from `landing`: what is fetched ahead waits for the peer, what a guest has been answered must not.
+    ahead: Arc<tokio::sync::Semaphore>,
     /// Where work goes on that outlives the request which began it: a client's own runtime ends with the client.
     runtime: tokio::runtime::Handle,
 }
@@ -82,6 +86,8 @@ pub struct VolumeParts {
 
 /// Blocks that were answered to a guest and wait to be written to the file. Beyond it, the guest waits for the file.
 const LANDING_BLOCKS: usize = 128;
+/// Blocks that are fetched ahead at a time.
+const AHEAD_BLOCKS: usize = 128;
 
 impl Volume {
     /// A volume all of whose blocks are in its file. Made within the daemon's runtime, which does its background work.
@@ -102,6 +108,7 @@ impl Volume {
             journal.restore(&mut residency)?
         };
         let volume = Volume::new(parts, residency, false, !is_new);
+        volume.is_guest_noted.store(guest_wrote, Ordering::Release);
         volume.guest_wrote.store(guest_wrote || volume.disk.residency().has_guest_writes(), Ordering::Release);
         Ok(volume)
     }
@@ -115,13 +122,15 @@ impl Volume {
             workers: parts.workers,
             gate: Arc::new(WriteGate::new(parts.is_owner)),
             flushes: FlushGate::default(),
-            is_sync_broken: AtomicBool::new(false),
+            is_sync_broken: Arc::default(),
             is_complete: AtomicBool::new(is_complete),
             relocation: RwLock::new(None),
-            observer: RwLock::new(None),
+            observer: Arc::default(),
             guest_wrote: AtomicBool::new(false),
+            is_guest_noted: Arc::new(AtomicBool::new(is_complete)),
             stats: Arc::default(),
             landing: Arc::new(tokio::sync::Semaphore::new(LANDING_BLOCKS)),
+            ahead: Arc::new(tokio::sync::Semaphore::new(AHEAD_BLOCKS)),
             runtime: tokio::runtime::Handle::current(),
         }
     }
@@ -166,7 +175,8 @@ impl Volume {
         self.relocation.read().clone()
     }
 
-    /// Who is told of writes.
+    /// Who is told of writes. Returns when every write that it was not told of has ended, which may take as long as a
+    /// TRIM of everything takes: blocks.
     pub fn set_observer(&self, observer: Option<Arc<dyn WriteObserver>>) {
         *self.observer.write() = observer;
     }
@@ -233,13 +243,12 @@ impl Volume {
             return Ok(());
         }
         let is_complete = self.is_complete();
+        self.guest_writes();
         if !is_complete {
-            self.guest_wrote.store(true, Ordering::Release);
             self.fill_torn_edges(&range).await?;
         }
-        let (disk, observer) = (Arc::clone(&self.disk), self.observer.read().clone());
-        self.on_disk_as_observed(observer, range.clone(), move || {
-            let _admitted = admitted;
+        let disk = Arc::clone(&self.disk);
+        self.change(admitted, range, move || {
             if is_complete {
                 return disk.image.write_at(offset, &data);
             }
@@ -269,17 +278,16 @@ impl Volume {
             return Ok(());
         }
         let is_complete = self.is_complete();
+        self.guest_writes();
         if !is_complete {
-            self.guest_wrote.store(true, Ordering::Release);
             self.fill_torn_edges(&range).await?;
         }
-        let (disk, observer) = (Arc::clone(&self.disk), self.observer.read().clone());
-        self.on_disk_as_observed(observer, range.clone(), move || {
-            let _admitted = admitted;
+        let (disk, zeroed) = (Arc::clone(&self.disk), range.clone());
+        self.change(admitted, range, move || {
             if is_complete {
                 disk.image.write_zeroes(offset, len_bytes, may_punch)
             } else {
-                zero(&disk, &range, may_punch)
+                zero(&disk, &zeroed, may_punch)
             }
         })
         .await?;
@@ -306,7 +314,7 @@ impl Volume {
     /// Returns when everything that was acknowledged before the call is durable: data first, then the residency that
     /// protects it.
     pub async fn flush(&self) -> Result<(), VolumeError> {
-        self.flushes.flush(async || self.sync().await).await
+        self.flushes.flush(async |turn| self.sync(turn).await).await
     }
 
     /// Whether there is residency that is not durable yet.
@@ -314,7 +322,7 @@ impl Volume {
         !self.is_complete() && self.disk.residency().is_dirty()
     }
 
-    async fn sync(&self) -> Result<(), VolumeError> {
+    async fn sync(&self, turn: gate::Turn) -> Result<(), VolumeError> {
         if self.is_sync_broken.load(Ordering::Acquire) {
             return Err(VolumeError::SyncFailed { volume: self.name.clone() });
         }
@@ -322,32 +330,39 @@ impl Volume {
             return Ok(());
         }
         let (disk, journal) = (Arc::clone(&self.disk), self.journal.clone());
-        let guest_wrote = self.has_guest_writes();
+        let (is_sync_broken, name) = (Arc::clone(&self.is_sync_broken), self.name.clone());
         let is_complete = self.is_complete();
-        let work = move || -> Result<(), (VolumeError, bool)> {
+        let work = move || -> Result<(), VolumeError> {
             // What is set here is in the file already: a bit is set after its bytes.
-            let rows = if is_complete { Vec::new() } else { disk.residency().take_dirty() };
+            let chunks = if is_complete { Default::default() } else { disk.residency().take_dirty_chunks() };
+            // One at a time: after a TRIM of everything they are many, and reads look at the masks meanwhile.
+            let rows: Vec<_> = chunks.into_iter().map(|chunk| (chunk, disk.residency().chunk_row(chunk))).collect();
             if let Err(error) = disk.image.sync_data() {
                 // The kernel has dropped what it could not write, and the next sync would succeed: nothing may be marked
                 // resident from here on, nor a flush be acknowledged.
-                return Err((error.into(), true));
+                is_sync_broken.store(true, Ordering::Release);
+                tracing::error!(volume = %name, %error, "the disk failed to sync; flushes fail until a restart");
+                return Err(error.into());
             }
-            if let Err(error) = journal.write(&rows, guest_wrote) {
+            if let Err(error) = journal.write(&rows) {
                 disk.residency().mark_dirty(rows.into_iter().map(|(chunk, _)| chunk));
-                return Err((error.into(), false));
+                return Err(error.into());
             }
+            turn.succeed();
             Ok(())
         };
-        match self.workers.run(Urgency::Urgent, work).await {
-            None => Err(VolumeError::ShuttingDown),
-            Some(Ok(())) => Ok(()),
-            Some(Err((error, is_fatal))) => {
-                if is_fatal {
-                    self.is_sync_broken.store(true, Ordering::Release);
-                    tracing::error!(volume = %self.name, %error, "the disk failed to sync; flushes fail until a restart");
-                }
-                Err(error)
-            }
+        // Not on the workers: a sync may take seconds, and as many volumes as there are workers would hold up every
+        // read.
+        self.runtime.spawn_blocking(work).await.unwrap_or_else(|ended| {
+            // If it panicked, what it took will never be written.
+            self.is_sync_broken.fetch_or(ended.is_panic(), Ordering::AcqRel);
+            Err(VolumeError::ShuttingDown)
+        })
+    }
+
+    fn guest_writes(&self) {
+        if !self.guest_wrote.load(Ordering::Relaxed) {
+            self.guest_wrote.store(true, Ordering::Release);
         }
     }
 
@@ -384,21 +399,34 @@ impl Volume {
         }
     }
 
-    async fn on_disk_as_observed(
+    /// Does what an admitted guest asked for. It counts as under way until all of this has ended: who fences relies on
+    /// what the observer was told.
+    async fn change(
         &self,
-        observer: Option<Arc<dyn WriteObserver>>,
+        admitted: gate::Admitted,
         range: Range<u64>,
         work: impl FnOnce() -> Result<(), ImageError> + Send + 'static,
     ) -> Result<(), VolumeError> {
-        let name = self.name.clone();
+        let (name, journal) = (self.name.clone(), self.journal.clone());
+        let (observer, is_guest_noted) = (Arc::clone(&self.observer), Arc::clone(&self.is_guest_noted));
         let observed = move || -> Result<(), VolumeError> {
-            let Some(observer) = observer else { return Ok(work()?) };
+            let _admitted = admitted;
+            if !is_guest_noted.load(Ordering::Acquire) {
+                // Durable before the first write: whoever cancels after a crash must not take the volume for unwritten.
+                journal.note_guest()?;
+                is_guest_noted.store(true, Ordering::Release);
+            }
+            // Held throughout, so that a new observer knows when the writes that it was not told of have ended.
+            let observer = observer.read();
+            let Some(observer) = &*observer else { return Ok(work()?) };
             let failed = |why| VolumeError::Observer { volume: name.clone(), why };
             observer.note_write(range.clone()).map_err(failed)?;
-            work()?;
-            observer.note_write(range).map_err(failed)
+            let done = work();
+            // Also where it failed: a part of it may be in the file.
+            observer.note_write(range).map_err(failed)?;
+            Ok(done?)
         };
-        self.workers.run(Urgency::Urgent, observed).await.unwrap_or(Err(VolumeError::ShuttingDown))
+        self.workers.run(Urgency::Change, observed).await.unwrap_or(Err(VolumeError::ShuttingDown))
     }
 }
 

@@ -70,12 +70,23 @@ pub(super) async fn read_mixed(
         .filter(|block| !disk.is_readable(*block, disk.within(*block, offset, u64::from(len_bytes))))
         .collect();
     look_ahead(volume, &blocks);
-    let fetched = futures::future::try_join_all(missing.iter().map(|block| demand(volume, *block))).await?;
-    count_reads(volume, offset, len_bytes, &blocks, &fetched);
-    let bases: Vec<(BlockIndex, Option<Bytes>)> = missing
+    let demanded = missing.into_iter().map(|block| async move {
+        match demand(volume, block).await {
+            Ok(fetched) => Ok(Some((block, fetched))),
+            // It came another way meanwhile: by the guest's own write, or with the last of bulk, after which the source
+            // is let go.
+            Err(_) if volume.disk.is_readable(block, volume.disk.within(block, offset, u64::from(len_bytes))) => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    });
+    let fetched: Vec<(BlockIndex, Block)> =
+        futures::future::try_join_all(demanded).await?.into_iter().flatten().collect();
+    count_reads(volume, len_bytes, &blocks, &fetched);
+    let bases: Vec<(BlockIndex, Option<Bytes>)> = fetched
         .iter()
-        .copied()
-        .zip(fetched.iter().map(|block| (!block.id.is_zero()).then(|| block.bytes.clone())))
+        .map(|(block, fetched)| (*block, (!fetched.id.is_zero()).then(|| fetched.bytes.clone())))
         .collect();
     let assemble = move || {
         let mut buf = BytesMut::zeroed(len_bytes as usize);
@@ -93,7 +104,7 @@ pub(super) async fn read_mixed(
         Ok(buf.freeze())
     };
     let answer = volume.on_disk(assemble).await?;
-    for (block, fetched) in missing.into_iter().zip(fetched) {
+    for (block, fetched) in fetched {
         land_later(volume, block, fetched).await;
     }
     Ok(answer)
@@ -101,9 +112,15 @@ pub(super) async fn read_mixed(
 
 /// Fetches a block and puts it into the file before it returns.
 pub(super) async fn make_resident(volume: &Volume, block: BlockIndex) -> Result<(), VolumeError> {
-    let fetched = demand(volume, block).await?;
+    let fetched = match demand(volume, block).await {
+        Err(_) if volume.disk.bits().is_resident(block) => return Ok(()),
+        fetched => fetched?,
+    };
     let (disk, stats) = (Arc::clone(&volume.disk), Arc::clone(&volume.stats));
-    volume.on_disk(move || land(&disk, &stats, block, &fetched)).await
+    match volume.workers.run(Urgency::Change, move || land(&disk, &stats, block, &fetched)).await {
+        Some(landed) => Ok(landed?),
+        None => Err(VolumeError::ShuttingDown),
+    }
 }
 
 /// Writes a fetched block into the file. Blocking.
@@ -158,7 +175,7 @@ async fn land_later(volume: &Volume, block: BlockIndex, fetched: Block) {
     let (disk, stats, name) = (Arc::clone(&volume.disk), Arc::clone(&volume.stats), volume.name.clone());
     let workers = volume.workers.clone();
     volume.runtime.spawn(async move {
-        let landed = workers.run(Urgency::Background, move || land(&disk, &stats, block, &fetched)).await;
+        let landed = workers.run(Urgency::Soon, move || land(&disk, &stats, block, &fetched)).await;
         if let Some(Err(error)) = landed {
             // It stays absent and is fetched again when it is needed again.
             tracing::warn!(volume = %name, block = block.0, %error, "a fetched block could not be written");
@@ -166,6 +183,9 @@ async fn land_later(volume: &Volume, block: BlockIndex, fetched: Block) {
         drop(permit);
     });
 }
+
+/// Blocks of one hint that are looked at.
+const MAX_HINT_BLOCKS: u64 = 4096;
 
 fn look_ahead(volume: &Volume, blocks: &Range<u64>) {
     let Some(relocation) = volume.relocation() else { return };
@@ -180,28 +200,28 @@ fn look_ahead(volume: &Volume, blocks: &Range<u64>) {
 fn fetch_ahead(volume: &Volume, blocks: Range<u64>) {
     let Some(relocation) = volume.relocation() else { return };
     for block in blocks.map(BlockIndex) {
-        if volume.disk.bits().is_resident(block) || relocation.pages.id_of(block) == Some(BlockId::ZERO) {
+        let id = relocation.pages.id_of(block);
+        if volume.disk.bits().is_resident(block) || id == Some(BlockId::ZERO) {
             continue;
         }
-        let Ok(permit) = Arc::clone(&volume.landing).try_acquire_owned() else { return };
+        let Ok(permit) = Arc::clone(&volume.ahead).try_acquire_owned() else { return };
         let len_bytes = volume.geometry.len_of(block);
-        let id = relocation.pages.id_of(block);
         let wanted = relocation.fetch.want(relocation.key, block, id, Class::Readahead, len_bytes);
         let (disk, stats, workers) = (Arc::clone(&volume.disk), Arc::clone(&volume.stats), volume.workers.clone());
         volume.runtime.spawn(async move {
             if let Ok(fetched) = wanted.await {
                 stats.count_arrived(&fetched);
-                workers.run(Urgency::Urgent, move || land(&disk, &stats, block, &fetched)).await;
+                workers.run(Urgency::Soon, move || land(&disk, &stats, block, &fetched)).await;
             }
             drop(permit);
         });
     }
 }
 
-fn count_reads(volume: &Volume, offset: u64, len_bytes: u32, blocks: &Range<u64>, fetched: &[Block]) {
+fn count_reads(volume: &Volume, len_bytes: u32, blocks: &Range<u64>, fetched: &[(BlockIndex, Block)]) {
     volume.stats.count_reads(|reads| {
         let mut rest = u64::from(len_bytes);
-        for block in fetched {
+        for (_, block) in fetched {
             // A read's share of its first and last block is less; the sum is what was read.
             let share = (block.bytes.len() as u64).min(rest);
             rest -= share;
@@ -218,7 +238,6 @@ fn count_reads(volume: &Volume, offset: u64, len_bytes: u32, blocks: &Range<u64>
         } else {
             reads.resident_bytes += rest;
         }
-        let _ = offset;
     });
 }
 
@@ -229,7 +248,8 @@ impl Volume {
             return;
         }
         let blocks = self.disk.blocks_of(offset, len_bytes);
-        fetch_ahead(self, blocks);
+        // There is room for far less; a hint about the whole disk must not be gone through block by block.
+        fetch_ahead(self, blocks.start..blocks.end.min(blocks.start + MAX_HINT_BLOCKS));
     }
 
     /// Runs of a range that are known to read as zeros (true) or may hold data (false). Absent blocks count as data unless
@@ -247,24 +267,34 @@ impl Volume {
         self.on_disk(move || {
             let mut runs: Vec<(u64, bool)> = Vec::new();
             let mut at = offset;
+            // Up to here everything was resident before the file is looked at below. The other way round a block that
+            // lands in between would pass for the hole that was there before it.
+            let mut resident_to = if is_complete { end } else { offset };
             while at < end && runs.len() <= max_runs {
+                if at >= resident_to {
+                    let absent = disk.bits().first_absent(disk.blocks_of(at, end - at));
+                    resident_to = absent.map_or(end, |block| disk.geometry.offset_of(block).clamp(at, end));
+                }
                 let data = disk.image.next_data(at)?.filter(|data| data.start < end);
                 let (next, is_hole) = match &data {
                     Some(data) if data.start <= at => (data.end.min(end), false),
                     Some(data) => (data.start, true),
                     None => (end, true),
                 };
-                if is_complete || !is_hole {
+                if !is_hole || at < resident_to {
+                    let next = if is_hole { next.min(resident_to) } else { next };
                     push_run(&mut runs, next - at, is_hole);
                     at = next;
                     continue;
                 }
-                // A hole of the file where blocks may be absent: block by block.
+                // A hole of the file where blocks are absent: block by block, up to one that has become resident since.
                 while at < next && runs.len() <= max_runs {
                     let block = disk.geometry.block_size.index_of(at);
+                    if disk.bits().is_resident(block) {
+                        break;
+                    }
                     let block_end = disk.geometry.offset_of(BlockIndex(block.0 + 1)).min(next);
-                    let is_zero = disk.bits().is_resident(block)
-                        || pages.as_ref().is_some_and(|pages| pages.id_of(block) == Some(BlockId::ZERO));
+                    let is_zero = pages.as_ref().is_some_and(|pages| pages.id_of(block) == Some(BlockId::ZERO));
                     push_run(&mut runs, block_end - at, is_zero);
                     at = block_end;
                 }

@@ -86,7 +86,8 @@ impl Sites {
         let geometry = Geometry::new(image.size_bytes(), BLOCK).expect("a geometry");
         let source_state: Arc<dyn State> = Arc::new(MemoryState::new());
         let manifest = Manifest::open(name("vm"), Arc::clone(&image), geometry, source_state).expect("opens");
-        let source = Arc::new(SourceVolume { name: name("vm"), image, geometry, manifest, generation: 1 });
+        let source =
+            Arc::new(SourceVolume { name: name("vm"), image, geometry, manifest: Arc::new(manifest), generation: 1 });
         let workers = Workers::start("test", 2, 2).expect("threads");
         let store = Arc::new(MemoryStore::new(1 << 30));
         let fetch = Fetch::start(Limits::default(), Arc::clone(&store) as Arc<dyn Store>).expect("threads");
@@ -344,6 +345,40 @@ async fn what_was_flushed_survives_power_loss() {
     assert!(found[unflushed.clone()] == model[unflushed.clone()] || found[unflushed.clone()] == [0xcc; 512]);
     model[unflushed.clone()].copy_from_slice(&found[unflushed]);
     assert!(found == model);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn that_a_guest_wrote_is_remembered_though_residency_does_not_tell() {
+    let sites = Sites::new();
+    sites.connect().await;
+    let volume = sites.volume(true, None);
+    volume.read(BLOCK, 65536).await.expect("reads");
+    until("it lands", || volume.snapshot().absent_blocks == volume.snapshot().total_blocks - 1).await;
+    volume.flush().await.expect("flushes");
+    // Into a block that was fetched: no residency changes.
+    volume.write(BLOCK, vec![0xaa; 4096].into(), true).await.expect("writes");
+    assert_eq!(volume.snapshot().written_blocks, 0);
+    sites.crash(volume);
+    assert!(sites.volume(false, None).has_guest_writes(), "or cancelling would throw the write away");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_fetched_ahead_of_a_dead_link_holds_up_no_read() {
+    let sites = Sites::new();
+    let fault = sites.connect().await;
+    let volume = sites.volume(true, Some(Duration::from_secs(20)));
+    // Brings the page: from here on zero blocks are known.
+    volume.read(BLOCK, 4096).await.expect("reads");
+    until("the page is here", || {
+        let relocation = volume.relocation().expect("relocating");
+        relocation.pages.id_of(BlockIndex(4)) == Some(BlockId::ZERO)
+    })
+    .await;
+    fault.cut();
+    for _ in 0..8 {
+        volume.prefetch(0, volume.geometry().size_bytes);
+    }
+    assert_eq!(volume.read(4 * BLOCK, 65536).await.expect("is known to be zero"), vec![0; 65536]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

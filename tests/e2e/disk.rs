@@ -37,8 +37,22 @@ pub fn noise(len: usize, seed: u64) -> Vec<u8> {
 /// Bytes that shrink to about a third.
 pub fn text(len: usize, seed: u64) -> Vec<u8> {
     const WORDS: [&[u8]; 16] = [
-        b"block ", b"store ", b"volume ", b"relocate", b"guest\n", b"sector ", b"page ", b"manifest", b"epoch ",
-        b"owner ", b"journal ", b"flush;\n", b"residency", b"demand ", b"bulk ", b"hash ",
+        b"block ",
+        b"store ",
+        b"volume ",
+        b"relocate",
+        b"guest\n",
+        b"sector ",
+        b"page ",
+        b"manifest",
+        b"epoch ",
+        b"owner ",
+        b"journal ",
+        b"flush;\n",
+        b"residency",
+        b"demand ",
+        b"bulk ",
+        b"hash ",
     ];
     let mut bytes = Vec::with_capacity(len + 16);
     for byte in noise(len / 5 + 16, seed) {

@@ -197,12 +197,7 @@ impl Drop for NbdClient {
     }
 }
 
-fn negotiate(
-    reader: &mut impl Read,
-    writer: &mut impl Write,
-    export: &str,
-    replies: Replies,
-) -> io::Result<u64> {
+fn negotiate(reader: &mut impl Read, writer: &mut impl Write, export: &str, replies: Replies) -> io::Result<u64> {
     let mut greeting = [0; 18];
     reader.read_exact(&mut greeting)?;
     assert_eq!(&greeting[..16], b"NBDMAGICIHAVEOPT", "the server greets");

@@ -253,6 +253,8 @@ impl Site {
     #[track_caller]
     pub fn refused(&self, args: &[&str], names: &[&str]) -> String {
         let ran = self.cli(args);
+        // Shown if the test fails, or by --nocapture: errors are read by people.
+        println!("{args:?}\n    {}", ran.err.trim_end());
         assert_eq!(ran.status.code(), Some(1), "at {}: {args:?} says: {}{}", self.name, ran.out, ran.err);
         assert_eq!(ran.err.trim_end().lines().count(), 1, "one line on stderr, not: {}", ran.err);
         for name in names {

@@ -520,6 +520,14 @@ impl Scheduler {
         self.flights.get(&flight)?.id
     }
 
+    /// The peer that a flight is under way with, if it is.
+    pub fn asked(&self, flight: FlightId) -> Option<PeerKey> {
+        match self.flights.get(&flight)?.stage {
+            Stage::Sent { peer, .. } => Some(peer),
+            _ => None,
+        }
+    }
+
     /// The length of a flight's block, in bytes.
     pub fn len_of(&self, flight: FlightId) -> Option<u32> {
         Some(self.flights.get(&flight)?.len_bytes)

@@ -8,6 +8,9 @@ use crate::core::frame::Frame;
 use crate::core::ids::BlockId;
 use crate::core::manifest::{PageId, PageIndex};
 
+/// The most page states in one message: 264 KiB.
+pub const MAX_ROOTS_PER_MESSAGE: usize = 8192;
+
 /// What the source knows of one manifest page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RootEntry {
@@ -127,6 +130,10 @@ impl Data {
                 let mut entries = Vec::new();
                 let mut rest = Reader::new(r.rest(), "Roots");
                 while let Ok(state) = rest.u8() {
+                    // In memory an entry is much larger than the byte that may stand for it.
+                    if entries.len() >= MAX_ROOTS_PER_MESSAGE {
+                        return Err(rest.bad("count"));
+                    }
                     entries.push(match state {
                         0 => RootEntry::Unknown,
                         1 => RootEntry::Zero,

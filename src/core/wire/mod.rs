@@ -23,7 +23,7 @@ mod data;
 
 pub use codec::WireError;
 pub use control::{Control, MAX_WANTS_PER_FRAME, Want};
-pub use data::{Data, RootEntry};
+pub use data::{Data, MAX_ROOTS_PER_MESSAGE, RootEntry};
 
 /// The first bytes of a Hello: what a peer that speaks something else will not say.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"BFRY");

@@ -160,3 +160,39 @@ fn a_damaged_row_costs_a_hash() {
     lab.state.put(&manifest.page_key(PageIndex(0)), &row).expect("puts");
     assert_eq!(manifest.page(PageIndex(0)).expect("hashes"), expected);
 }
+
+#[test]
+fn rows_that_a_write_overtook_are_not_believed_after_a_restart() {
+    let lab = Lab::new();
+    let manifest = lab.open();
+    hash_all(&manifest);
+    // Hashed anew between two writes: the second one's page must not be found under the seal.
+    write(&manifest, 2 * BLOCK, &[7; 512]);
+    manifest.hash_page(PageIndex(0)).expect("hashes");
+    write(&manifest, 3 * BLOCK, &[8; 512]);
+    manifest.seal().expect("seals");
+    drop(manifest);
+    let again = lab.open();
+    assert_eq!(again.roots(PageIndex(0), 1), [RootEntry::Unknown]);
+    assert!(matches!(again.roots(PageIndex(2), 1)[..], [RootEntry::Known(_)]), "the others are");
+}
+
+#[test]
+fn an_image_that_is_written_while_it_is_opened_is_not_believed() {
+    let lab = Lab::new();
+    let sealed = lab.open();
+    hash_all(&sealed);
+    drop(sealed);
+    let image = Arc::new(Image::open_write(&lab.path()).expect("opens"));
+    let geometry = Geometry::new(SIZE, BLOCK).expect("a geometry");
+    let state = Arc::clone(&lab.state) as Arc<dyn State>;
+    let name = "vm".parse().expect("a name");
+    let manifest = Manifest::open_written(name, Arc::clone(&image), geometry, state).expect("opens");
+    // A write that nobody noted, into what was a hole.
+    image.write_at(1024 * BLOCK, &[9; 512]).expect("writes");
+    write(&manifest, 0, &[7; 512]);
+    hash_all(&manifest);
+    let page = manifest.page(PageIndex(1)).expect("is known");
+    assert!(!page.is_zero());
+    manifest.check_unchanged().expect("nothing was promised yet");
+}

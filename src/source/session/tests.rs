@@ -43,7 +43,7 @@ fn connect() -> Peer {
     let name: Name = "vm".parse().expect("a name");
     let state = Arc::new(MemoryState::new());
     let manifest = Manifest::open(name.clone(), Arc::clone(&image), geometry, state).expect("opens");
-    let volume = Arc::new(SourceVolume { name, image, geometry, manifest, generation: 1 });
+    let volume = Arc::new(SourceVolume { name, image, geometry, manifest: Arc::new(manifest), generation: 1 });
     let (here, there) = memory::pair("b".parse().expect("a name"), "a".parse().expect("a name"));
     let workers = Workers::start("test", 1, 1).expect("threads");
     let options = SourceOptions { site: "a".parse().expect("a name"), zstd_level: Some(1) };

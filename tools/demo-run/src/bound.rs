@@ -18,7 +18,7 @@ const ZSTD_LEVEL: i32 = 3;
 pub struct Known(HashSet<blake3::Hash>);
 
 /// Of one image, with regard to those before it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct MustMove {
     /// Blocks that are not zero and in none of the earlier images; each counted once.
     pub blocks: u64,

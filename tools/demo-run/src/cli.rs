@@ -1,4 +1,5 @@
-//! The command line of `tools/demo`. Must not know what is done with it.
+//! The command line of `tools/demo`; the help that users see is in that file, for there is nothing built yet when they
+//! ask for it. Must not know what is done with it.
 
 use std::path::PathBuf;
 
@@ -8,13 +9,9 @@ use clap::Parser;
 /// Relocates three similar disk images between two sites over an emulated WAN while a client reads and writes them,
 /// checks every byte, and prints where each byte came from.
 #[derive(Debug, Parser)]
-#[command(
-    name = "tools/demo",
-    after_help = "Exit status: 0 when every byte is right and no more crossed the WAN than had to (and 6 %).\n\n\
-                  Example:\n  tools/demo --rate 50Mbit/s --rtt 80ms"
-)]
+#[command(name = "demo-run", after_help = "Example:\n  demo-run --rate 50Mbit/s --rtt 80ms")]
 pub struct Cli {
-    /// Small images from this machine's files: a minute instead of four; too small for the bound on bytes
+    /// Small images from this machine's files: too small for the bound on bytes
     #[arg(long)]
     pub quick: bool,
     /// The size of each image [default: 1GiB; with --quick 64MiB]
@@ -50,5 +47,15 @@ mod tests {
         Cli::command().debug_assert();
         let cli = Cli::try_parse_from(["demo", "--rate", "1Gbit/s", "--rtt", "5ms", "--size", "64MiB"]).unwrap();
         assert_eq!((cli.rate.bits_per_second(), cli.size), (1_000_000_000, Some(64 << 20)));
+    }
+
+    #[test]
+    fn the_help_of_the_script_has_every_option() {
+        use clap::CommandFactory;
+        let script = include_str!("../../demo");
+        for option in Cli::command().get_arguments().filter(|option| !option.is_hide_set()) {
+            let long = option.get_long().unwrap();
+            assert!(script.contains(&format!("\n  --{long} ")), "--{long}");
+        }
     }
 }

@@ -24,6 +24,8 @@ const WORKERS: usize = 2;
 const LONGEST_BYTES: u64 = 64 << 10;
 /// The longest pause between two requests of a connection.
 const LONGEST_PAUSE_MS: u64 = 24;
+/// So many slow reads are listed.
+const SLOWEST: usize = 12;
 /// How long the export may take to be there at all.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -75,6 +77,19 @@ pub struct GuestReport {
     pub local_reads: Latency,
     /// Writes.
     pub write_latency: Latency,
+    /// The slowest of `wan_reads`, to see whether they come together: when, after the start, and how long.
+    pub slowest: Vec<SlowRead>,
+}
+
+/// A read, as [`GuestReport::slowest`] lists it.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct SlowRead {
+    /// When it was asked, since the start.
+    pub at_s: f64,
+    /// How long it took.
+    pub took_ms: f64,
+    /// The block.
+    pub block: u64,
 }
 
 /// A distribution of times in milliseconds; all 0 where there are none.
@@ -137,7 +152,9 @@ impl Guest {
         }
         let mut report = all.report;
         report.first_read_s = first_read.as_secs_f64();
-        report.wan_reads = Latency::of(all.wan);
+        all.wan.sort_by_key(|read| std::cmp::Reverse(read.took));
+        report.slowest = all.wan.iter().take(SLOWEST).map(Read::as_slow).collect();
+        report.wan_reads = Latency::of(all.wan.iter().map(|read| read.took).collect());
         report.wan_reads_of_two = Latency::of(all.wan_of_two);
         report.local_reads = Latency::of(all.local);
         report.write_latency = Latency::of(all.writes);
@@ -149,10 +166,22 @@ impl Guest {
 struct Record {
     first_read: Option<Duration>,
     report: GuestReport,
-    wan: Vec<Duration>,
+    wan: Vec<Read>,
     wan_of_two: Vec<Duration>,
     local: Vec<Duration>,
     writes: Vec<Duration>,
+}
+
+struct Read {
+    at: Duration,
+    took: Duration,
+    block: u64,
+}
+
+impl Read {
+    fn as_slow(&self) -> SlowRead {
+        SlowRead { at_s: self.at.as_secs_f64(), took_ms: self.took.as_secs_f64() * 1000.0, block: self.block }
+    }
 }
 
 impl Record {
@@ -210,14 +239,16 @@ fn work(task: &Task, place: usize, started: Instant, stop: &AtomicBool, busy: &B
                 if let Some(at) = (0..length).find(|at| bytes[*at] != wanted[*at]) {
                     let (is, should) = (bytes[at], wanted[at]);
                     let byte = offset + at as u64;
-                    bail!("WRONG DATA: byte {byte} is {is:#04x} and should be {should:#04x} (read of {length} at {offset})");
+                    bail!(
+                        "WRONG DATA: byte {byte} is {is:#04x} and should be {should:#04x} (read of {length} at {offset})"
+                    );
                 }
                 record.first_read.get_or_insert_with(|| started.elapsed());
                 record.report.reads += 1;
                 record.report.read_bytes += length as u64;
-                let within_one = offset / task.block_bytes == (range.end - 1) / task.block_bytes;
-                match (took >= task.rtt, within_one) {
-                    (true, true) => record.wan.push(took),
+                let block = offset / task.block_bytes;
+                match (took >= task.rtt, block == (range.end - 1) / task.block_bytes) {
+                    (true, true) => record.wan.push(Read { at: began - started, took, block }),
                     (true, false) => record.wan_of_two.push(took),
                     (false, _) => record.local.push(took),
                 }
@@ -300,7 +331,10 @@ mod tests {
         for _ in 0..1000 {
             let range = choose(&mut random, size, block);
             let length = range.end - range.start;
-            assert!(range.end <= size && (4096..=65_536).contains(&length) && range.start % 512 == 0, "{range:?}");
+            assert!(
+                range.end <= size && (4096..=65_536).contains(&length) && range.start.is_multiple_of(512),
+                "{range:?}"
+            );
             within += usize::from(range.start / block == (range.end - 1) / block);
         }
         assert!((500..900).contains(&within), "{within}");

@@ -107,7 +107,7 @@ pub struct Daemon {
 
 impl Daemon {
     /// Starts it, its stderr in `log`. A signal for this process group does not reach it, so that it is stopped in order;
-    /// it gets SIGTERM should this process die. Call from the main thread: the system means the thread's death.
+    /// it is killed should this process be. Call from the main thread: the system means the thread's death.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -116,7 +116,7 @@ impl Daemon {
         let stderr = stderr.with_context(|| format!("cannot write {}", log.display()))?;
         command.stdout(Stdio::piped()).stderr(stderr).process_group(0);
         // SAFETY: prctl is all that happens between fork and exec; it allocates nothing and takes no lock.
-        unsafe { command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?)) };
+        unsafe { command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?)) };
         let mut child = command.spawn().with_context(|| format!("cannot start {name}"))?;
         let (sender, lines) = mpsc::channel();
         if let Some(stdout) = child.stdout.take() {
