@@ -168,6 +168,8 @@ pub struct Residency {
     bits: std::sync::Arc<ResidentBits>,
     partial: BTreeMap<u64, SectorMask>,
     dirty: BTreeSet<u64>,
+    /// Chunks that changed since their last row of any kind, durable or not.
+    unnoted: BTreeSet<u64>,
 }
 
 impl Residency {
@@ -178,6 +180,7 @@ impl Residency {
             bits: std::sync::Arc::new(ResidentBits::new(geometry.blocks())),
             partial: BTreeMap::new(),
             dirty: BTreeSet::new(),
+            unnoted: BTreeSet::new(),
         }
     }
 
@@ -213,13 +216,13 @@ impl Residency {
             let mask = self.partial.entry(block.0).or_insert_with(|| SectorMask::empty(len));
             mask.set(bytes);
             if !mask.is_full() {
-                self.dirty.insert(block.0 / CHUNK_BLOCKS);
+                self.changed(block);
                 return;
             }
         }
         self.partial.remove(&block.0);
         self.bits.set(block, true);
-        self.dirty.insert(block.0 / CHUNK_BLOCKS);
+        self.changed(block);
     }
 
     /// What to do with a fetched block's bytes, as things stand under the lock.
@@ -240,13 +243,37 @@ impl Residency {
         }
         let had_writes = self.partial.remove(&block.0).is_some();
         self.bits.set(block, had_writes);
-        self.dirty.insert(block.0 / CHUNK_BLOCKS);
+        self.changed(block);
     }
 
     /// Takes the chunks that changed since the last call, in the form that is kept on disk. The caller syncs the file
     /// *after* this and makes the rows durable after that.
     pub fn take_dirty(&mut self) -> Vec<(u64, Vec<u8>)> {
         std::mem::take(&mut self.dirty).into_iter().map(|chunk| (chunk, self.chunk_row(chunk))).collect()
+    }
+
+    /// Of the chunks that blocks lie in, those that changed since their last row: rows that need not be durable, but must be
+    /// written before a guest's write to one of these blocks is acknowledged, lest a restart of the daemon forgets it.
+    pub fn take_unnoted(&mut self, blocks: Range<u64>) -> Vec<u64> {
+        if self.unnoted.is_empty() || blocks.is_empty() {
+            return Vec::new();
+        }
+        let chunks = blocks.start / CHUNK_BLOCKS..=(blocks.end - 1) / CHUNK_BLOCKS;
+        let taken: Vec<u64> = self.unnoted.range(chunks).copied().collect();
+        for chunk in &taken {
+            self.unnoted.remove(chunk);
+        }
+        taken
+    }
+
+    /// Puts chunks back whose rows could not be written.
+    pub fn mark_unnoted(&mut self, chunks: impl IntoIterator<Item = u64>) {
+        self.unnoted.extend(chunks);
+    }
+
+    fn changed(&mut self, block: BlockIndex) {
+        self.dirty.insert(block.0 / CHUNK_BLOCKS);
+        self.unnoted.insert(block.0 / CHUNK_BLOCKS);
     }
 
     /// The first half of [`Residency::take_dirty`], for who cannot hold the lock while all rows are made: a row that is
@@ -286,7 +313,7 @@ impl Residency {
         row
     }
 
-    /// Takes over a row that [`Residency::take_dirty`] made, at start-up. A row that does not fit is an error: the volume must not
+    /// Takes over a row that [`Residency::take_dirty`] made, at start-up, on top of what other rows of the chunk said. A row that does not fit is an error: the volume must not
     /// be served by guessing.
     pub fn restore_chunk(&mut self, chunk: u64, row: &[u8]) -> Result<(), BadChunk> {
         let bad = |why| BadChunk { chunk, why };
@@ -310,6 +337,7 @@ impl Residency {
                     return Err(bad("it marks blocks behind the end"));
                 }
                 self.bits.set(BlockIndex(first + at), bit(written, at));
+                self.partial.remove(&(first + at));
             }
         }
         while !rest.is_empty() {
@@ -326,7 +354,8 @@ impl Residency {
             }
             mask.0.as_raw_mut_slice().copy_from_slice(&after[..len]);
             if !self.bits.is_resident(block) {
-                self.partial.insert(block.0, mask);
+                let merged = self.partial.entry(block.0).or_insert_with(|| mask.clone());
+                *merged.0.as_mut_bitslice() |= mask.0.as_bitslice();
             }
             rest = &after[len..];
         }

@@ -1,11 +1,16 @@
 //! A volume's residency on disk: rows in the state database. Must not know the file.
 //!
-//! Keys: `res/<volume>/c/<chunk, big-endian u64>` (a row of [`Residency::take_dirty`]) and `res/<volume>/guest` (there once a guest
-//! has written).
+//! Keys: `res/<volume>/c/<chunk, big-endian u64>` (a durable row of [`Residency`]), `res/<volume>/guest` (there once a guest has
+//! written), and `res/<volume>/live/<boot id>/<chunk>`: rows that were written, but not synced, before a guest's write was
+//! acknowledged. If the daemon is killed, the kernel still has these rows and the bytes that they speak of; after a power loss it has
+//! neither for certain, so they are believed only under the boot that wrote them.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
+
+use parking_lot::Mutex;
 
 use super::VolumeError;
+use super::disk::Disk;
 use crate::core::ids::Name;
 use crate::core::residency::Residency;
 use crate::store::{State, StateBatch, StateError};
@@ -14,11 +19,42 @@ use crate::store::{State, StateBatch, StateError};
 pub(super) struct Journal {
     state: Arc<dyn State>,
     volume: Name,
+    /// Which boot of the machine this is, where the kernel tells.
+    boot: Option<Arc<str>>,
+    live_turn: Arc<Mutex<()>>,
 }
+
+/// A new one at every boot, and never the same again.
+static BOOT: LazyLock<Option<Arc<str>>> = LazyLock::new(|| {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().into()).filter(|id: &Arc<str>| !id.is_empty())
+});
 
 impl Journal {
     pub(super) fn new(state: Arc<dyn State>, volume: Name) -> Journal {
-        Journal { state, volume }
+        Journal { state, volume, boot: BOOT.clone(), live_turn: Arc::default() }
+    }
+
+    /// A guest's write to these blocks is in the file: notes it where it changed their residency, or fell on residency that is not
+    /// noted yet. Called before the write is acknowledged.
+    pub(super) fn note_live(&self, disk: &Disk, blocks: std::ops::Range<u64>) -> Result<(), StateError> {
+        let Some(boot) = &self.boot else { return Ok(()) };
+        // One at a time: who finds nothing to note relies on the row of another being written, not on its way.
+        let _turn = self.live_turn.lock();
+        let chunks = disk.residency().take_unnoted(blocks);
+        if chunks.is_empty() {
+            return Ok(());
+        }
+        let mut batch = StateBatch::default();
+        for chunk in &chunks {
+            let row = disk.residency().chunk_row(*chunk);
+            batch.put([self.key(&format!("live/{boot}/")), chunk.to_be_bytes().to_vec()].concat(), row);
+        }
+        let written = self.state.write_batch(batch, false);
+        if written.is_err() {
+            disk.residency().mark_unnoted(chunks);
+        }
+        written
     }
 
     /// Makes rows durable. The caller has synced the data that they speak of.
@@ -44,24 +80,35 @@ impl Journal {
     /// Reads everything back; whether a guest had written. A row that makes no sense is an error: the volume is not served
     /// by guessing.
     pub(super) fn restore(&self, residency: &mut Residency) -> Result<bool, VolumeError> {
-        let prefix = self.key("c/");
+        self.restore_rows(&self.key("c/"), residency)?;
+        if let Some(boot) = &self.boot {
+            let live = self.restore_rows(&self.key(&format!("live/{boot}/")), residency)?;
+            // The bytes are in the page cache, perhaps nowhere else: the next checkpoint makes both durable.
+            residency.mark_dirty(live);
+        }
+        Ok(self.state.get(&self.key("guest"))?.is_some())
+    }
+
+    fn restore_rows(&self, prefix: &[u8], residency: &mut Residency) -> Result<Vec<u64>, VolumeError> {
+        let mut chunks = Vec::new();
         let mut damage = None;
-        self.state.scan(&prefix, &mut |key, row| {
+        self.state.scan(prefix, &mut |key, row| {
             let chunk = key.get(prefix.len()..).and_then(|chunk| chunk.try_into().ok()).map(u64::from_be_bytes);
             let restored = match chunk {
                 Some(chunk) => residency.restore_chunk(chunk, row).map_err(|error| error.to_string()),
                 None => Err("a key of the wrong length".into()),
             };
+            chunks.extend(chunk);
             damage = restored.err();
             damage.is_none()
         })?;
-        if let Some(why) = damage {
-            return Err(VolumeError::Observer {
+        match damage {
+            None => Ok(chunks),
+            Some(why) => Err(VolumeError::Observer {
                 volume: self.volume.clone(),
                 why: format!("its residency in the state database is damaged: {why}; restore the state database"),
-            });
+            }),
         }
-        Ok(self.state.get(&self.key("guest"))?.is_some())
     }
 
     /// Nothing is known of this volume any more, durably.
@@ -73,5 +120,39 @@ impl Journal {
 
     fn key(&self, what: &str) -> Vec<u8> {
         format!("res/{}/{what}", self.volume).into_bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::ids::BlockIndex;
+    use crate::core::manifest::Geometry;
+    use crate::image::Image;
+    use crate::store::MemoryState;
+
+    #[test]
+    fn what_was_not_synced_is_believed_under_the_same_boot_only() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let geometry = Geometry::new(4 << 16, 1 << 16).expect("a geometry");
+        let image = Arc::new(Image::create(&dir.path().join("d"), 4 << 16).expect("creates"));
+        let disk = Disk::new(image, Residency::new(geometry), geometry, false);
+        let state: Arc<dyn State> = Arc::new(MemoryState::new());
+        let mut journal = Journal::new(Arc::clone(&state), "vm".parse().expect("a name"));
+        journal.boot = Some("first".into());
+        disk.write(BlockIndex(1), 512, &[7; 512]).expect("writes");
+        disk.write(BlockIndex(2), 0, &[7; 1 << 16]).expect("writes");
+        journal.note_live(&disk, 1..3).expect("notes");
+        disk.write(BlockIndex(1), 1024, &[7; 512]).expect("writes");
+        journal.note_live(&disk, 1..2).expect("notes");
+        let restored = |journal: &Journal| {
+            let mut residency = Residency::new(geometry);
+            journal.restore(&mut residency).expect("restores");
+            let valid = residency.mask(BlockIndex(1)).map(|mask| mask.valid(1 << 16)).unwrap_or_default();
+            (valid, residency.bits().is_resident(BlockIndex(2)), residency.is_dirty())
+        };
+        assert_eq!(restored(&journal), (vec![512..1536], true, true));
+        journal.boot = Some("second".into());
+        assert_eq!(restored(&journal), (vec![], false, false));
     }
 }

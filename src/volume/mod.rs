@@ -409,6 +409,8 @@ impl Volume {
     ) -> Result<(), VolumeError> {
         let (name, journal) = (self.name.clone(), self.journal.clone());
         let (observer, is_guest_noted) = (Arc::clone(&self.observer), Arc::clone(&self.is_guest_noted));
+        let (disk, is_complete) = (Arc::clone(&self.disk), self.is_complete());
+        let blocks = disk.blocks_of(range.start, range.end - range.start);
         let observed = move || -> Result<(), VolumeError> {
             let _admitted = admitted;
             if !is_guest_noted.load(Ordering::Acquire) {
@@ -418,13 +420,18 @@ impl Volume {
             }
             // Held throughout, so that a new observer knows when the writes that it was not told of have ended.
             let observer = observer.read();
-            let Some(observer) = &*observer else { return Ok(work()?) };
+            let work = || -> Result<(), VolumeError> {
+                work()?;
+                // What is acknowledged survives the end of this process, flushed or not, as it would on any disk.
+                if is_complete { Ok(()) } else { Ok(journal.note_live(&disk, blocks)?) }
+            };
+            let Some(observer) = &*observer else { return work() };
             let failed = |why| VolumeError::Observer { volume: name.clone(), why };
             observer.note_write(range.clone()).map_err(failed)?;
             let done = work();
             // Also where it failed: a part of it may be in the file.
             observer.note_write(range).map_err(failed)?;
-            Ok(done?)
+            done
         };
         self.workers.run(Urgency::Change, observed).await.unwrap_or(Err(VolumeError::ShuttingDown))
     }

@@ -382,6 +382,33 @@ async fn what_is_fetched_ahead_of_a_dead_link_holds_up_no_read() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_acknowledged_survives_a_killed_daemon() {
+    let sites = Sites::new();
+    let fault = sites.connect().await;
+    let volume = sites.volume(true, None);
+    let mut model = sites.content.clone();
+    // Into a block that was fetched and is not marked yet, into an absent one, a part of one, and none of it flushed.
+    volume.read(5 * BLOCK, 65536).await.expect("reads");
+    until("the block lands", || volume.disk.bits().is_resident(BlockIndex(5))).await;
+    for (at, len) in [(5 * BLOCK + 512, 512), (9 * BLOCK, 65536), (13 * BLOCK + 1024, 4096)] {
+        model[at as usize..][..len].fill(0xab);
+        volume.write(at, vec![0xab; len].into(), false).await.expect("writes");
+    }
+    model[17 * BLOCK as usize..][..65536].fill(0);
+    volume.trim(17 * BLOCK, BLOCK, false).await.expect("trims");
+    fault.cut();
+    // Killed: the kernel keeps what was written to the file and to the database, synced or not.
+    if let Some(relocation) = volume.relocation() {
+        sites.fetch.close(relocation.key());
+    }
+    drop(volume);
+    sites.connect().await;
+    let volume = sites.volume(false, None);
+    run_bulk(Arc::clone(&volume), true).await.expect("completes");
+    assert!(all_of(&volume).await == model);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn leftovers_of_a_crash_never_show_through_a_zero_block() {
     let sites = Sites::new();
     sites.connect().await;

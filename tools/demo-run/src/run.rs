@@ -134,7 +134,8 @@ fn relocate_all(cli: &Cli, programs: &Programs, images: &[Image], run_dir: &Path
         ..Report::default()
     };
     let mut show_status = true;
-    for (images, must_move) in [(&images[..1], &must_move[..1]), (&images[1..], &must_move[1..])] {
+    // One after the other, so that the relay's count is each image's own.
+    for (images, must_move) in images.chunks(1).zip(must_move.chunks(1)) {
         let mut phase = Phase { cli, a: &mut a, b: &mut b, relay: &mut relay, clock, run_dir };
         report.phases.push(phase.relocate(images, must_move, &mut show_status)?);
     }
