@@ -6,12 +6,15 @@ use std::fmt::Write;
 use crate::control::{LinkState, PeerStatus, Phase, PrewarmStatus, Role, SiteStatus, StoreStats, VolumeStatus};
 use crate::units::{approx_bytes, approx_rate, approx_seconds};
 
+/// Columns of a report.
+const WIDTH: usize = 80;
+
 /// The whole site.
 pub(super) fn site(status: &SiteStatus) -> String {
     let mut text = String::new();
     let _ = writeln!(
         text,
-        "site {}, up {}, version {}\nfingerprint {}",
+        "site {}, up {}, version {}\nfingerprint\n  {}",
         status.site,
         approx_seconds(status.uptime_s),
         status.version,
@@ -20,6 +23,7 @@ pub(super) fn site(status: &SiteStatus) -> String {
     for peer in &status.peers {
         let _ = writeln!(text, "peer {}: {}", peer.name, peer_line(peer));
     }
+    text = wrapped(&text, 2);
     text.push('\n');
     text + &volumes(&status.volumes)
 }
@@ -58,7 +62,7 @@ pub(super) fn volumes(volumes: &[VolumeStatus]) -> String {
             let _ = writeln!(text, "{:<width$} {}", "", volume.phase_reason);
         }
     }
-    text
+    wrapped(&text, width + 1)
 }
 
 /// All about one volume.
@@ -139,7 +143,7 @@ pub(super) fn volume(volume: &VolumeStatus) -> String {
         line("link", facts.join(", "));
     }
     line("clients", volume.nbd_clients.to_string());
-    text
+    wrapped(&text, 11)
 }
 
 /// A line about a relocation under way: rate, share by origin, time left.
@@ -246,6 +250,25 @@ pub(super) fn shortened(text: &str, width: usize) -> String {
         return text.to_owned();
     }
     text.chars().take(width.saturating_sub(1)).chain(['…']).collect()
+}
+
+/// `text` with every line broken at spaces that is too long, and gone on with behind `indent` spaces; not within the
+/// first `indent` columns, where labels are. A word that does not fit stays whole, so that paths can be copied.
+fn wrapped(text: &str, indent: usize) -> String {
+    let mut out = String::with_capacity(text.len());
+    for line in text.lines() {
+        let (mut rest, mut margin) = (line, 0);
+        while let Some((most, _)) = rest.char_indices().nth(WIDTH - margin) {
+            let label = indent - margin;
+            let spaces = || rest.match_indices(' ').map(|(at, _)| at).filter(|at| *at >= label.max(1));
+            let Some(at) = spaces().take_while(|at| *at <= most).last().or_else(|| spaces().next()) else { break };
+            let _ = writeln!(out, "{:margin$}{}", "", rest[..at].trim_end());
+            rest = rest[at..].trim_start();
+            margin = indent;
+        }
+        let _ = writeln!(out, "{:margin$}{rest}", "");
+    }
+    out
 }
 
 fn peer_line(peer: &PeerStatus) -> String {

@@ -56,6 +56,16 @@ pub enum ClientError {
         /// What happened.
         what: String,
     },
+    /// Somebody took the request and went away: it was stopped, or it crashed.
+    #[error(
+        "the daemon at {} ended before it answered: start it again with `blockferry serve`; `blockferry status` then tells \
+         whether the request was carried out",
+        path.display()
+    )]
+    Ended {
+        /// The socket.
+        path: PathBuf,
+    },
     /// The daemon says no.
     #[error(transparent)]
     Refused(#[from] ApiError),
@@ -181,7 +191,7 @@ impl ControlClient {
     async fn exchange(&self, method: Method, route: &str, body: Bytes) -> Result<(StatusCode, Bytes), ClientError> {
         let unreachable = |source| ClientError::Unreachable { path: self.socket_path.clone(), source };
         let stream = UnixStream::connect(&self.socket_path).await.map_err(unreachable)?;
-        let broken = |error: hyper::Error| self.broken(format!("ended the conversation ({error})"));
+        let broken = |error: hyper::Error| self.cut_off(&error);
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         let request = Request::builder()
@@ -195,7 +205,10 @@ impl ControlClient {
             let response = sender.send_request(request).await.map_err(broken)?;
             let status = response.status();
             let body = Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await;
-            let body = body.map_err(|error| self.broken(format!("gave no whole answer ({error})")))?;
+            let body = body.map_err(|error| match error.downcast_ref() {
+                Some(error) => self.cut_off(error),
+                None => self.broken(format!("gave no whole answer ({error})")),
+            })?;
             Ok((status, body.to_bytes()))
         };
         // The connection moves the bytes; it can end before the answer is looked at, but not the other way round.
@@ -219,6 +232,15 @@ impl ControlClient {
 
     fn decode<T: DeserializeOwned>(&self, body: &[u8]) -> Result<T, ClientError> {
         serde_json::from_slice(body).map_err(|error| self.broken(format!("answered something else ({error})")))
+    }
+
+    /// What hyper's error says about the other side: that it speaks something else, or that it is gone.
+    fn cut_off(&self, error: &hyper::Error) -> ClientError {
+        if error.is_parse() || error.is_user() {
+            return self.broken(format!("ended the conversation ({error})"));
+        }
+        tracing::debug!(%error, "the daemon ended before it answered");
+        ClientError::Ended { path: self.socket_path.clone() }
     }
 
     fn broken(&self, what: impl Into<String>) -> ClientError {

@@ -6,12 +6,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 use tokio::time::Instant;
 
 use super::lanes::StoreLanes;
 use super::link::Arrived;
-use super::{Ask, Block, Budgeted, Command, Expected, FetchError, Origin, PeerKey, PeerView, Remote, Reply, VolumeKey};
+use super::{
+    Ask, BULK_BUDGET_KIB, Block, Budgeted, Command, Expected, FetchError, Origin, PeerKey, PeerView, Remote, Reply,
+    VolumeKey,
+};
 use crate::core::frame::Frame;
 use crate::core::ids::{BlockId, Class, Name};
 use crate::core::manifest::Page;
@@ -87,10 +91,16 @@ struct Actor {
     /// Verified and not in the store yet: answered from here.
     unstored: HashMap<BlockId, Bytes>,
     unstored_bytes: usize,
+    budget: Arc<Semaphore>,
 }
 
 /// Runs until every [`super::Fetch`] is dropped.
-pub(super) async fn run(limits: Limits, lanes: StoreLanes, mut inbox: UnboundedReceiver<Command>) {
+pub(super) async fn run(
+    limits: Limits,
+    lanes: StoreLanes,
+    mut inbox: UnboundedReceiver<Command>,
+    budget: Arc<Semaphore>,
+) {
     let mut actor = Actor {
         began: Instant::now(),
         scheduler: Scheduler::new(limits),
@@ -104,6 +114,7 @@ pub(super) async fn run(limits: Limits, lanes: StoreLanes, mut inbox: UnboundedR
         waiters: HashMap::new(),
         unstored: HashMap::new(),
         unstored_bytes: 0,
+        budget,
     };
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -654,7 +665,15 @@ impl Actor {
             peer.raw_bulk_rate = rate.max(peer.raw_bulk_rate * 0.9);
             let rtt = link.path().rtt.as_secs_f64();
             let window = 2.0 * peer.raw_bulk_rate * (rtt + TICK.as_secs_f64());
-            self.scheduler.set_bulk_window(now, *key, (window as u64).clamp(MIN_BULK_WINDOW, MAX_BULK_WINDOW));
+            let mut window = (window as u64).clamp(MIN_BULK_WINDOW, MAX_BULK_WINDOW);
+            // A disk that is slower than the link: no more is asked for than there is memory for, so that nothing that is
+            // promoted meanwhile waits behind what has no room.
+            let budget_bytes = (BULK_BUDGET_KIB as u64) << 10;
+            let waiting_bytes = budget_bytes.saturating_sub((self.budget.available_permits() as u64) << 10);
+            if waiting_bytes > budget_bytes / 4 {
+                window = window.min(budget_bytes - waiting_bytes.min(budget_bytes));
+            }
+            self.scheduler.set_bulk_window(now, *key, window);
         }
         let due: Vec<VolumeKey> = self
             .volumes

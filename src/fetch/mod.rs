@@ -183,7 +183,7 @@ impl Fetch {
         let (commands, inbox) = mpsc::unbounded_channel();
         let budget = Arc::new(tokio::sync::Semaphore::new(BULK_BUDGET_KIB));
         let lanes = lanes::StoreLanes::start(store, Arc::clone(&budget), commands.downgrade())?;
-        tokio::spawn(actor::run(limits, lanes.clone(), inbox));
+        tokio::spawn(actor::run(limits, lanes.clone(), inbox, Arc::clone(&budget)));
         Ok(Fetch {
             inner: Arc::new(Inner {
                 commands,

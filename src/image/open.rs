@@ -1,6 +1,6 @@
 //! Opening and creating images, with the checks that keep two writers from one file.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -66,15 +66,10 @@ impl Image {
     }
 
     fn examine(mut file: File, path: &Path, is_writable: bool) -> Result<Image, ImageError> {
-        let not_an_image = |what: &str| ImageError::NotAnImage { path: path.to_owned(), what: what.to_owned() };
+        let not_an_image = |what: &str| not_an_image(path, what);
         let unreadable = |source| ImageError::Unreadable { path: path.to_owned(), purpose: "reading", source };
         let kind = file.metadata().map_err(unreadable)?.file_type();
-        if kind.is_dir() {
-            return Err(not_an_image("is a folder"));
-        }
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(not_an_image("is neither a regular file nor a block device"));
-        }
+        check_kind(kind, path)?;
         // Seeking to the end gives the size of a file and of a block device alike.
         let size_bytes = file.seek(SeekFrom::End(0)).map_err(unreadable)?;
         if size_bytes == 0 {
@@ -107,7 +102,25 @@ impl Image {
     }
 }
 
+fn not_an_image(path: &Path, what: &str) -> ImageError {
+    ImageError::NotAnImage { path: path.to_owned(), what: what.to_owned() }
+}
+
+fn check_kind(kind: FileType, path: &Path) -> Result<(), ImageError> {
+    if kind.is_dir() {
+        return Err(not_an_image(path, "is a folder"));
+    }
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(not_an_image(path, "is neither a regular file nor a block device"));
+    }
+    Ok(())
+}
+
 fn open(path: &Path, options: &OpenOptions, purpose: &'static str) -> Result<File, ImageError> {
+    // Before it is opened: a folder cannot be, a pipe may wait for its other end for ever. What is opened is looked at again.
+    if let Ok(there) = std::fs::metadata(path) {
+        check_kind(there.file_type(), path)?;
+    }
     options.open(path).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound
             if path.parent().is_some_and(|folder| !folder.as_os_str().is_empty() && !folder.exists()) =>

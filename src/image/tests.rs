@@ -45,7 +45,22 @@ fn what_is_no_image_is_refused_with_its_reason() {
     let dir = tempfile::tempdir().expect("a folder");
     let missing = Image::open_read(&dir.path().join("none")).expect_err("missing");
     assert!(matches!(missing, ImageError::Missing { .. }), "{missing}");
-    assert!(Image::open_read(dir.path()).expect_err("folder").to_string().contains("folder"));
+    let pipe = dir.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+    let socket = dir.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).expect("a socket");
+    for (path, words) in [
+        (dir.path(), "is a folder; give a raw image file"),
+        (&pipe, "neither a regular file nor a block device"),
+        (&socket, "neither a regular file nor a block device"),
+        (Path::new("/dev/null"), "neither a regular file nor a block device"),
+    ] {
+        for opened in [Image::open_read(path), Image::open_write(path)] {
+            let error = opened.expect_err("no image");
+            assert!(matches!(error, ImageError::NotAnImage { .. }), "{error}");
+            assert!(error.to_string().contains(words), "{error}");
+        }
+    }
     let empty = sparse(&dir, "empty", 0);
     assert!(Image::open_read(&empty).expect_err("empty").to_string().contains("empty"));
     let qcow2 = dir.path().join("q");

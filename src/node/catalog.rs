@@ -66,15 +66,22 @@ impl Catalog for Node {
                     }
                     Err(error) => return Err(error.to_string()),
                 }
-                let mut next = record.clone();
-                next.epoch = epoch;
-                next.state = Ownership::Released { to: peer.clone(), is_completed: false };
-                self.save(&entry, next).map_err(|error| error.to_string())
+                Ok(())
             };
             if let Err(why) = fenced.await {
                 entry.volume.unfence();
                 return Err((Refusal::Internal, why));
             }
+            let mut next = record.clone();
+            next.epoch = epoch;
+            next.state = Ownership::Released { to: peer.clone(), is_completed: false };
+            if let Err(error) = self.save(&entry, next) {
+                // The row may have reached the disk all the same: whoever is the owner, it is not certainly this site.
+                let why = format!("the hand-over could not be journalled: {error}; writes are refused until it is");
+                *entry.trouble.lock() = Some(why.clone());
+                return Err((Refusal::Internal, why));
+            }
+            *entry.trouble.lock() = None;
             tracing::info!(%volume, %peer, epoch, "ownership has moved to the peer; writes are refused here from now on");
             Ok(epoch)
         })

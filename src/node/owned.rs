@@ -36,7 +36,9 @@ impl Node {
         let block_size = u64::from(self.config.store.block_size.bytes());
         let geometry = Geometry::new(image.size_bytes(), block_size)
             .map_err(|error| ApiError::new(ErrorKind::Invalid, format!("volume {}: {error}", add.name), ""))?;
-        let record = VolumeRecord::new(add.name.clone(), add.image, geometry, 1, Ownership::Owned);
+        let mut record = VolumeRecord::new(add.name.clone(), add.image, geometry, 1, Ownership::Owned);
+        // Another image under the same name must never pass for this one.
+        record.generation = random_generation();
         let internal = |error: String| ApiError::new(ErrorKind::Internal, format!("volume {}: {error}", add.name), "");
         let entry = self.make_complete(record.clone(), image, true).map_err(|error| internal(format!("{error:#}")))?;
         self.records.save(&record).map_err(|error| internal(error.to_string()))?;
@@ -122,7 +124,8 @@ impl Node {
     pub(super) fn renew_source(&self, entry: &Entry) -> Result<(), SourceError> {
         let record = entry.record.lock().clone();
         let image = Arc::clone(entry.volume.image());
-        let manifest = Manifest::open(record.name, image, record.geometry, Arc::clone(&self.state))?;
+        let is_released = matches!(record.state, Ownership::Released { .. });
+        let manifest = Manifest::open(record.name, image, record.geometry, Arc::clone(&self.state), is_released)?;
         self.set_source(entry, Arc::new(manifest));
         Ok(())
     }
@@ -265,4 +268,15 @@ pub(super) fn no_such_volume(name: &Name) -> ApiError {
         format!("there is no volume {name} here"),
         "`blockferry volume list` shows what there is",
     )
+}
+
+/// A first generation that no other image ever had; room is left to count on from it.
+fn random_generation() -> u64 {
+    use ring::rand::SecureRandom;
+    let mut bytes = [0; 8];
+    match ring::rand::SystemRandom::new().fill(&mut bytes) {
+        Ok(()) => u64::from_le_bytes(bytes) >> 1,
+        // No entropy: nanoseconds do nearly as well.
+        Err(_) => std::time::UNIX_EPOCH.elapsed().map_or(1, |now| now.as_nanos() as u64 >> 1),
+    }
 }

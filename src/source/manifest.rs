@@ -67,17 +67,36 @@ impl std::fmt::Debug for Manifest {
 
 impl Manifest {
     /// Takes over what is known from earlier, as far as the image has not changed since; pages that are all hole are known at once.
+    ///
+    /// An image that `is_released` to a peer must not change at all: the peer may hold half of what it was. If it did while nobody
+    /// looked, every question about it is answered with [`SourceError::Changed`] until it is as it was.
     pub fn open(
         volume: Name,
         image: Arc<Image>,
         geometry: Geometry,
         db: Arc<dyn State>,
+        is_released: bool,
     ) -> Result<Manifest, SourceError> {
         let manifest = Manifest::unknown(volume, image, geometry, db);
         let stamp = manifest.image.stamp()?;
         let kept = manifest.get(&manifest.key("stamp"))?;
         let kept: Option<Sealed> = kept.and_then(|row| serde_json::from_slice(&row).ok());
         let is_same = |kept: &Sealed| Some(&kept.stamp) == stamp.as_ref() && kept.geometry == geometry;
+        // Only what a change of content moves: a file may be renamed, or its device be numbered anew at a boot.
+        let has_other_content = |kept: &Sealed| {
+            stamp
+                .as_ref()
+                .is_some_and(|now| now.size_bytes != kept.stamp.size_bytes || now.mtime_ns != kept.stamp.mtime_ns)
+        };
+        if let Some(kept) = kept.as_ref().filter(|kept| is_released && has_other_content(kept)) {
+            tracing::error!(
+                volume = %manifest.volume, image = %manifest.image.path().display(),
+                "the image was changed after it was released to a peer: nothing of it is served until it is as it was"
+            );
+            *manifest.seal.lock() = Seal { stamp: Some(kept.stamp.clone()), is_row_written: true, ..Seal::default() };
+            manifest.is_sealed.store(true, Ordering::Release);
+            return Ok(manifest);
+        }
         if kept.is_some_and(|kept| is_same(&kept)) {
             manifest.load_pages()?;
             manifest.seal.lock().is_row_written = true;
@@ -246,7 +265,8 @@ impl Manifest {
         let stamp = self.image.stamp()?;
         let mut seal = self.seal.lock();
         if seal.stamp.is_some() {
-            return Ok(());
+            drop(seal);
+            return self.write_stamp_row();
         }
         let mut batch = StateBatch::default();
         for page in &seal.stale {

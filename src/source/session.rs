@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -34,6 +34,10 @@ const MAX_OPEN_PAGES: usize = 256;
 const MAX_TICKETS: usize = 2048;
 /// zstd levels for bulk, the cheapest first: as high as still keeps ahead of the link.
 const LEVELS: [i32; 4] = [1, 3, 6, 9];
+/// Below this rate of what is sent, in bytes per second, level 1 saves no time that would matter: any core keeps ahead with level 3.
+const SLOW_LINK_BYTES_PER_S: f64 = 32e6;
+/// The index of level 3.
+const LEAST_LEVEL_OF_SLOW_LINKS: usize = 1;
 /// What a guest waits for is compressed quickly.
 const DEMAND_LEVEL: i32 = 3;
 
@@ -61,6 +65,8 @@ struct Session {
     open_pages: AtomicUsize,
     open_changes: AtomicUsize,
     bulk_level: AtomicUsize,
+    /// Bulk bytes handed to the transport since the level was judged.
+    bulk_bytes: AtomicU64,
 }
 
 #[derive(Default)]
@@ -100,7 +106,8 @@ pub async fn serve_link(
         next_handle: AtomicU32::new(1),
         open_pages: AtomicUsize::new(0),
         open_changes: AtomicUsize::new(0),
-        bulk_level: AtomicUsize::new(1),
+        bulk_level: AtomicUsize::new(LEAST_LEVEL_OF_SLOW_LINKS),
+        bulk_bytes: AtomicU64::new(0),
     });
     let end = tokio::select! {
         end = requests(&session, &catalog, &mut receivers) => end,
@@ -320,7 +327,11 @@ impl Session {
             }
         };
         let begun = Instant::now();
-        let ticket = self.hand_over(item.flight, class, message.encode()).await;
+        let parts = message.encode();
+        if class == Class::Bulk {
+            self.bulk_bytes.fetch_add(parts.iter().map(|part| part.len() as u64).sum(), Ordering::Relaxed);
+        }
+        let ticket = self.hand_over(item.flight, class, parts).await;
         let waited = begun.elapsed();
         let class_now = self.queue.lock().done(item.flight);
         if let Some((ticket, sent_as)) = ticket {
@@ -396,10 +407,12 @@ impl Session {
         }
         let share = waited.as_secs_f64() / (passed.as_secs_f64() * BULK_AT_A_TIME as f64);
         let level = self.bulk_level.load(Ordering::Relaxed);
+        let rate = self.bulk_bytes.swap(0, Ordering::Relaxed) as f64 / passed.as_secs_f64();
+        let least = if rate < SLOW_LINK_BYTES_PER_S { LEAST_LEVEL_OF_SLOW_LINKS } else { 0 };
         let next = match share {
             share if share > 0.8 => (level + 1).min(LEVELS.len() - 1),
-            share if share < 0.4 => level.saturating_sub(1),
-            _ => level,
+            share if share < 0.4 => level.saturating_sub(1).max(least),
+            _ => level.max(least),
         };
         self.bulk_level.store(next, Ordering::Relaxed);
     }

@@ -6,13 +6,17 @@
 //! (8), the frame.
 //!
 //! FIFO drops the oldest first. That becomes an approximation of least-recently-used by putting a block again when it
-//! is hit in the older half of the store; the sequence number tells its age, and costs nothing to keep.
+//! is hit in the older half of the store; the sequence number tells its age, and costs nothing to keep. Who hits a block
+//! waits for it, so that must not take long: while RocksDB would make writes wait, because more is put than the disk takes,
+//! the block is put again together with the next ones that are put, which wait anyway.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use rocksdb::{
     ColumnFamilyDescriptor, DB, DBPinnableSlice, DEFAULT_COLUMN_FAMILY_NAME, ErrorKind, WriteBatch, WriteOptions,
 };
@@ -28,6 +32,9 @@ const VALUE_HEADER_BYTES: usize = 9;
 /// Blocks that are looked up at once: bounds how many frames are in memory besides what they expand to.
 const LOOK_UP: usize = 32;
 
+/// Blocks that may wait for the next put to be put again; more are not remembered until they are hit again. 128 KiB.
+const MAX_POSTPONED: usize = 4096;
+
 /// Keys that are written for a block; sequence numbers count them.
 const KEYS_PER_BLOCK: u64 = 2;
 
@@ -41,6 +48,8 @@ pub struct RocksStore {
     old_after: AtomicU64,
     /// Bytes that may be put before `old_after` is worked out again.
     refresh_in_bytes: AtomicU64,
+    /// Old blocks that were hit while RocksDB took nothing.
+    postponed: Mutex<BTreeSet<BlockId>>,
     write: WriteOptions,
     write_if_idle: WriteOptions,
 }
@@ -92,6 +101,7 @@ impl RocksStore {
             counters: Counters::default(),
             old_after: AtomicU64::new(u64::MAX),
             refresh_in_bytes: AtomicU64::new(0),
+            postponed: Mutex::default(),
             write,
             write_if_idle,
         };
@@ -173,7 +183,7 @@ impl RocksStore {
         for ids in ids.chunks(LOOK_UP) {
             let keys: Vec<_> = ids.iter().map(|id| id.0).collect();
             let mut renew = WriteBatch::default();
-            let mut renewed = 0;
+            let mut renewed = Vec::new();
             let latest = self.db.latest_sequence_number();
             for (id, value) in ids.iter().zip(self.multi_get(&keys)) {
                 let value = match value {
@@ -198,9 +208,9 @@ impl RocksStore {
                 let parsed = parse_value(&value).and_then(|(put_at, frame)| Ok((put_at, frame, read(frame, id)?)));
                 match parsed {
                     Ok((put_at, frame, block)) => {
-                        if latest.saturating_sub(put_at) > self.old_after.load(Ordering::Relaxed) {
+                        if self.is_old(put_at, latest) {
                             put_value(&mut renew, id, latest, &[frame]);
-                            renewed += 1;
+                            renewed.push(*id);
                         }
                         found.push(Some(block));
                     }
@@ -211,7 +221,7 @@ impl RocksStore {
                     }
                 }
             }
-            self.renew(renew, renewed);
+            self.renew(renew, &renewed);
         }
         add(&self.counters.corrupt_dropped, lost.len());
         if !lost.is_empty()
@@ -223,20 +233,55 @@ impl RocksStore {
         failure.map_or(Ok(found), Err)
     }
 
-    /// Only if that can be had without waiting: somebody waits for the block.
-    fn renew(&self, batch: WriteBatch, blocks: usize) {
-        if blocks == 0 {
+    fn is_old(&self, put_at: u64, latest: u64) -> bool {
+        latest.saturating_sub(put_at) > self.old_after.load(Ordering::Relaxed)
+    }
+
+    /// Only if that can be had without waiting: somebody waits for the blocks.
+    fn renew(&self, batch: WriteBatch, ids: &[BlockId]) {
+        if ids.is_empty() {
             return;
         }
         let bytes = batch.size_in_bytes() as u64;
         match self.db.write_opt(batch, &self.write_if_idle) {
             Ok(()) => {
-                add(&self.counters.renewed, blocks);
+                add(&self.counters.renewed, ids.len());
                 self.note_put_bytes(bytes);
             }
-            Err(error) if error.kind() == ErrorKind::Incomplete => {}
+            Err(error) if error.kind() == ErrorKind::Incomplete => self.postpone(ids),
             Err(error) => tracing::warn!(%error, "blocks that were hit could not be put again"),
         }
+    }
+
+    pub(super) fn postpone(&self, ids: &[BlockId]) {
+        let mut postponed = self.postponed.lock();
+        let room = MAX_POSTPONED.saturating_sub(postponed.len());
+        postponed.extend(ids.iter().take(room));
+    }
+
+    /// Adds up to `most` blocks whose renewal was postponed; how many. They are read again, not kept: meanwhile they can have
+    /// been put, dropped or removed.
+    fn renew_postponed(&self, batch: &mut WriteBatch, most: usize, latest: u64) -> usize {
+        let ids: Vec<_> = {
+            let mut postponed = self.postponed.lock();
+            std::iter::from_fn(|| postponed.pop_first()).take(most).collect()
+        };
+        if ids.is_empty() {
+            return 0;
+        }
+        let keys: Vec<_> = ids.iter().map(|id| id.0).collect();
+        let mut renewed = 0;
+        for (id, value) in ids.iter().zip(self.multi_get(&keys)) {
+            // What cannot be read is for the next one to find who asks for it.
+            if let Ok(Some(value)) = value
+                && let Ok((put_at, frame)) = parse_value(&value)
+                && self.is_old(put_at, latest)
+            {
+                put_value(batch, id, latest, &[frame]);
+                renewed += 1;
+            }
+        }
+        renewed
     }
 }
 
@@ -270,8 +315,11 @@ impl Store for RocksStore {
                 put_value(&mut batch, id, latest, &[&frame.header(), &frame.payload]);
             }
         }
+        // No more than are put, so that this takes at most twice as long.
+        let renewed = self.renew_postponed(&mut batch, blocks.len().min(LOOK_UP), latest);
         let bytes = batch.size_in_bytes() as u64;
         self.db.write_opt(batch, &self.write).map_err(|error| self.failed("writing blocks", error))?;
+        add(&self.counters.renewed, renewed);
         for (_, frame) in blocks.iter().filter(|(id, _)| !id.is_zero()) {
             self.counters.put(frame);
         }

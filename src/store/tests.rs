@@ -128,7 +128,7 @@ fn a_zero_block_is_a_bug() {
 #[test]
 fn a_full_store_drops_the_oldest_and_keeps_what_is_hit() {
     let capacity = 32 * MIB;
-    on_each_kind(capacity, |store| {
+    let check = |store: &dyn Store, settle: &dyn Fn()| {
         let len = 65536;
         let hot: Vec<_> = (0..20).map(|i| block(i, len)).collect();
         let hot_ids: Vec<_> = hot.iter().map(|(id, _)| *id).collect();
@@ -141,6 +141,7 @@ fn a_full_store_drops_the_oldest_and_keeps_what_is_hit() {
             assert_eq!(store.get(&hot_ids).expect("get").iter().flatten().count(), 20, "after {first} blocks");
         }
         store.flush().expect("flush");
+        settle();
         let stats = store.stats();
         assert!(stats.stored_bytes <= capacity + capacity / 8, "{stats:?}");
         assert!(stats.stored_bytes >= capacity / 2, "{stats:?}");
@@ -150,7 +151,33 @@ fn a_full_store_drops_the_oldest_and_keeps_what_is_hit() {
         let is_there = |number: u64| store.contains(&[block(1_000_000 + number, len).0]).expect("contains")[0];
         assert!((0..cold / 2).all(|number| !is_there(number)), "old blocks are dropped");
         assert!((cold - 128..cold).all(is_there), "new blocks are kept");
-    });
+    };
+    check(&MemoryStore::new(capacity), &|| ());
+    let dir = tempfile::tempdir().expect("a folder");
+    let store = open(dir.path(), capacity);
+    check(&store, &|| store.wait_for_background());
+}
+
+#[test]
+fn what_was_hit_while_the_disk_was_busy_is_put_again_with_the_next_blocks() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let store = open(dir.path(), 32 * MIB);
+    let blocks: Vec<_> = (0..384).map(|i| block(i, 65536)).collect();
+    let ids: Vec<_> = blocks.iter().map(|(id, _)| *id).collect();
+    blocks.chunks(16).for_each(|blocks| store.put(blocks).expect("put"));
+    // Two old ones (one twice), a young one, one that is removed, one that was never there.
+    store.postpone(&[ids[0], ids[1], ids[383], ids[2], block(1000, 65536).0]);
+    store.postpone(&[ids[0]]);
+    store.remove(&ids[2..3]).expect("remove");
+    store.put(&[]).expect("put");
+    assert_eq!(store.stats().renewed, 0, "a put takes no more with it than it has itself");
+    store.put(&(400..416).map(|i| block(i, 65536)).collect::<Vec<_>>()).expect("put");
+    assert_eq!(store.stats().renewed, 2);
+    assert_eq!(store.contains(&ids[..3]).expect("contains"), [true, true, false]);
+    assert_eq!(store.get(&ids[..2]).expect("get").iter().flatten().count(), 2);
+    assert_eq!(store.stats().renewed, 2, "they are young again");
+    store.put(&[block(500, 65536)]).expect("put");
+    assert_eq!(store.stats().renewed, 2, "once");
 }
 
 #[test]

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use quinn::{Connection, ConnectionError, EndpointConfig, Incoming, ServerConfig, TransportConfig, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
+use ring::hmac;
 use rustls::pki_types::CertificateDer;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -127,7 +129,7 @@ impl Endpoint {
         let transport = Arc::new(tuning::transport_config(&options));
         let verifier = PinVerifier::new(Pin::Listed(trust.clone()));
         let server = server_config(&identity, verifier, transport.clone()).map_err(BindError::Tls)?;
-        let mut config = EndpointConfig::default();
+        let mut config = endpoint_config(&identity);
         config
             .max_udp_payload_size(options.max_packet_bytes.max(1472))
             .map_err(|error| BindError::Tls(error.to_string()))?;
@@ -233,6 +235,22 @@ impl Endpoint {
         };
         LinkError::Dial { address, detail }
     }
+}
+
+/// A site that was killed and runs again gets packets of connections that it knows nothing about. It answers them with
+/// stateless resets (RFC 9000 section 10.3), and a peer that dialled it knows at once that its link is dead, not after the
+/// idle timeout: a keep-alive is large enough (30 bytes) to be answered so. For that two things must outlive the process:
+/// the key of the reset tokens, and the key by which quinn recognises its own connection ids (it drops packets with others
+/// without a word). The other direction has to wait for the idle timeout or for a new link from the same peer: a dialling
+/// side's first connection id has no token.
+fn endpoint_config(identity: &Identity) -> EndpointConfig {
+    let reset_key = identity.derived("blockferry QUIC stateless reset");
+    let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &reset_key)));
+    let [a, b, c, d, e, f, g, h, ..] = identity.derived("blockferry QUIC connection ids");
+    // Guessed easily (it is no cryptographic hash), and no secret: it only tells our packets from noise.
+    let id_key = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)));
+    config
 }
 
 fn server_config(

@@ -11,6 +11,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use parking_lot::RwLock;
+use ring::hmac;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::sign::CertifiedKey;
 use serde::{Deserialize, Serialize};
@@ -126,6 +127,7 @@ impl Trust {
 pub struct Identity {
     certified: Arc<CertifiedKey>,
     fingerprint: Fingerprint,
+    derivation: hmac::Key,
 }
 
 /// Why an identity could not be had.
@@ -225,12 +227,21 @@ impl Identity {
         self.certified.clone()
     }
 
+    /// A secret that is the same at every start, from the private key by a one-way function (HMAC-SHA-256): whoever learns it
+    /// knows neither the key nor what another label gives.
+    pub(super) fn derived(&self, label: &str) -> [u8; 32] {
+        let mut secret = [0; 32];
+        secret.copy_from_slice(hmac::sign(&self.derivation, label.as_bytes()).as_ref());
+        secret
+    }
+
     /// Checks that the key is usable and belongs to the certificate.
     fn from_der(certificate: CertificateDer<'static>, key: PrivateKeyDer<'static>) -> Result<Identity, String> {
         let fingerprint = Fingerprint::of_certificate(&certificate);
+        let derivation = hmac::Key::new(hmac::HMAC_SHA256, key.secret_der());
         let provider = rustls::crypto::ring::default_provider();
         let certified = CertifiedKey::from_der(vec![certificate], key, &provider).map_err(|error| error.to_string())?;
-        Ok(Identity { certified: Arc::new(certified), fingerprint })
+        Ok(Identity { certified: Arc::new(certified), fingerprint, derivation })
     }
 }
 
@@ -355,6 +366,16 @@ mod tests {
         assert_eq!((mode(KEY_FILE), mode(CERTIFICATE_FILE)), (0o600, 0o644));
         assert_eq!(fs::read_dir(&dir).expect("readable").count(), 2, "no temporary file stays");
         assert!(!format!("{made:?}").contains("key"));
+    }
+
+    #[test]
+    fn derived_secrets_survive_a_restart_and_differ() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let made = Identity::load_or_create(dir.path()).expect("made");
+        let loaded = Identity::load(dir.path()).expect("loaded");
+        assert_eq!(made.derived("a"), loaded.derived("a"));
+        assert_ne!(made.derived("a"), made.derived("b"));
+        assert_ne!(made.derived("a"), Identity::generate().expect("made").derived("a"));
     }
 
     #[test]

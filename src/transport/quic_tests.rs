@@ -2,12 +2,13 @@
 //! choice.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::{Connection, VarInt};
 
-use super::conformance::{name, quic_pair, soon};
+use super::conformance::{PATIENCE, name, quic_pair, soon};
 use super::limits::*;
 use super::link::{LinkError, NewLink};
 use super::tls::{self, Pin, PinVerifier};
@@ -121,14 +122,7 @@ async fn a_link_comes_back_after_the_server_restarts_on_the_same_port() {
     assert_eq!(soon!(first.link.closed()), LinkError::ClosedByPeer { reason: "restarting".into() });
     assert!(soon!(first.receivers.control.recv()).is_none());
 
-    // The port is free when the old endpoint's last task is gone.
-    let server = loop {
-        let trust = Trust::new([(peers[0].1, name("client"))]);
-        match Endpoint::bind(&listen, of_server.clone(), Arc::new(trust), options()).await {
-            Ok(server) => break server,
-            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
-        }
-    };
+    let server = soon!(bind_again(&listen, &of_server, peers[0].1, &options()));
     let second = soon!(links.recv()).expect("connected again");
     let mut accepted = soon!(server.accept()).expect("accepted");
     soon!(second.link.send_control(Bytes::from_static(b"back"))).expect("sent");
@@ -286,31 +280,99 @@ async fn stream_kinds_and_credit_are_bounded() {
     assert!(error.contains("more bulk than its credit"), "{error}");
 }
 
+/// A relay that can be silenced stands for the network.
+struct Relay {
+    address: String,
+    cut: Arc<AtomicBool>,
+    carrying: tokio::task::JoinHandle<()>,
+}
+
+impl Relay {
+    async fn between(client: &Endpoint, server: &Endpoint) -> Relay {
+        let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.expect("bound");
+        let (from, to) = (client.local_addr().expect("bound"), server.local_addr().expect("bound"));
+        let address = socket.local_addr().expect("bound").to_string();
+        let cut = Arc::new(AtomicBool::new(false));
+        let is_cut = cut.clone();
+        let carrying = tokio::spawn(async move {
+            let mut packet = vec![0; 65536];
+            loop {
+                // Sending to a port that nobody has any more comes back as an error of the next receive.
+                let Ok((length, sender)) = socket.recv_from(&mut packet).await else { continue };
+                if !is_cut.load(Ordering::SeqCst) {
+                    let receiver = if sender == from { to } else { from };
+                    let _ = socket.send_to(&packet[..length], receiver).await;
+                }
+            }
+        });
+        Relay { address, cut, carrying }
+    }
+
+    fn cut(&self, cut: bool) {
+        self.cut.store(cut, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.carrying.abort();
+    }
+}
+
+/// Opens the port of an endpoint that ends: it is free when the old one's last task is gone.
+async fn bind_again(listen: &str, identity: &Identity, client: Fingerprint, options: &EndpointOptions) -> Endpoint {
+    loop {
+        let trust = Arc::new(Trust::new([(client, name("client"))]));
+        match Endpoint::bind(listen, identity.clone(), trust, options.clone()).await {
+            Ok(endpoint) => break endpoint,
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_peer_that_was_killed_and_is_back_ends_its_old_links() {
+    let (of_server, of_client) = (identity(), identity());
+    // Far beyond the patience of this test.
+    let patient = EndpointOptions { idle_timeout: 10 * PATIENCE, ..options() };
+    let trust = Arc::new(Trust::new([(of_client.fingerprint(), name("client"))]));
+    let server = Endpoint::bind("127.0.0.1:0", of_server.clone(), trust, patient.clone()).await.expect("bound");
+    let client = Endpoint::bind("127.0.0.1:0", of_client.clone(), Arc::default(), patient.clone()).await.expect("bound");
+    let listen = server.local_addr().expect("bound").to_string();
+    let relay = Relay::between(&client, &server).await;
+    let target = PeerTarget { name: name("server"), address: relay.address.clone(), fingerprint: of_server.fingerprint() };
+    let (dialled, accepted) = soon!(async { tokio::join!(client.connect(&target), server.accept()) });
+    let (dialled, accepted) = (dialled.expect("connected"), accepted.expect("accepted"));
+
+    // Killed: the client hears nothing of its end.
+    relay.cut(true);
+    server.close("killed");
+    soon!(server.wait_idle());
+    drop((server, accepted));
+    let server = soon!(bind_again(&listen, &of_server, of_client.fingerprint(), &patient));
+    relay.cut(false);
+
+    // Nobody sends anything but keep-alives.
+    let error = soon!(dialled.link.closed());
+    assert!(matches!(&error, LinkError::Lost { detail } if detail.contains("reset")), "{error:?}");
+    let (again, accepted) = soon!(async { tokio::join!(client.connect(&target), server.accept()) });
+    assert!(again.is_ok() && accepted.is_some());
+}
+
 #[tokio::test]
 async fn a_dead_path_is_noticed() {
     let (of_server, of_client) = (identity(), identity());
     let server = site(&of_server, "127.0.0.1:0", &[("client", of_client.fingerprint())]).await;
     let short = EndpointOptions { idle_timeout: Duration::from_millis(1500), ..options() };
     let client = Endpoint::bind("127.0.0.1:0", of_client, Arc::default(), short).await.expect("bound");
-
-    // A relay that can be silenced stands for the network.
-    let relay = Arc::new(tokio::net::UdpSocket::bind("127.0.0.1:0").await.expect("bound"));
-    let (from, to) = (client.local_addr().expect("bound"), server.local_addr().expect("bound"));
-    let address = relay.local_addr().expect("bound").to_string();
-    let carrying = tokio::spawn(async move {
-        let mut packet = vec![0; 65536];
-        while let Ok((length, sender)) = relay.recv_from(&mut packet).await {
-            let receiver = if sender == from { to } else { from };
-            let _ = relay.send_to(&packet[..length], receiver).await;
-        }
-    });
-    let target = PeerTarget { name: name("server"), address, fingerprint: of_server.fingerprint() };
+    let relay = Relay::between(&client, &server).await;
+    let target = PeerTarget { name: name("server"), address: relay.address.clone(), fingerprint: of_server.fingerprint() };
     let (dialled, accepted) = soon!(async { tokio::join!(client.connect(&target), server.accept()) });
     let (mut dialled, _accepted) = (dialled.expect("connected"), accepted.expect("accepted"));
     // Kept alive far beyond the timeout without anything to say ...
     assert!(tokio::time::timeout(Duration::from_secs(3), dialled.link.closed()).await.is_err());
     // ... and dead when nothing comes any more.
-    carrying.abort();
+    relay.cut(true);
     assert!(matches!(soon!(dialled.link.closed()), LinkError::TimedOut { .. }));
     assert!(soon!(dialled.receivers.bulk.recv()).is_none());
 }

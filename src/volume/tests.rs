@@ -85,7 +85,7 @@ impl Sites {
         let image = Arc::new(Image::open_read(&path).expect("opens"));
         let geometry = Geometry::new(image.size_bytes(), BLOCK).expect("a geometry");
         let source_state: Arc<dyn State> = Arc::new(MemoryState::new());
-        let manifest = Manifest::open(name("vm"), Arc::clone(&image), geometry, source_state).expect("opens");
+        let manifest = Manifest::open(name("vm"), Arc::clone(&image), geometry, source_state, false).expect("opens");
         let source =
             Arc::new(SourceVolume { name: name("vm"), image, geometry, manifest: Arc::new(manifest), generation: 1 });
         let workers = Workers::start("test", 2, 2).expect("threads");
@@ -112,7 +112,7 @@ impl Sites {
         let options = SourceOptions { site: name("source"), zstd_level: None };
         let catalog = Arc::clone(&self.catalog) as Arc<dyn Catalog>;
         tokio::spawn(serve_link(there, catalog, self.hasher.clone(), self.workers.clone(), options));
-        self.links.send(here).await.ok().expect("the fetcher follows");
+        assert!(self.links.send(here).await.is_ok(), "the fetcher follows");
         fault
     }
 

@@ -243,15 +243,43 @@ async fn other_programs_are_not_mistaken_for_a_daemon() {
     let path = dir.path().join("c.sock");
     let listener = UnixListener::bind(&path).expect("bound");
     tokio::spawn(async move {
-        for answer in ["HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", "SSH-2.0-x\r\n", ""] {
+        for answer in ["HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", "SSH-2.0-x\r\n"] {
             let (mut stream, _) = listener.accept().await.expect("accepted");
             let mut head = [0u8; 1024];
             let _ = stream.read(&mut head).await;
             stream.write_all(answer.as_bytes()).await.expect("answered");
         }
     });
-    for words in ["answered something else", "ended the conversation", "ended the conversation"] {
+    for words in ["answered something else", "ended the conversation"] {
         let error = ControlClient::new(&path).status().await.expect_err("no status").to_string();
-        assert!(error.contains(words), "{error}");
+        assert!(error.contains(words) && error.contains("another version"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_daemon_that_ends_before_its_answer_is_told_apart() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("c.sock");
+    let listener = UnixListener::bind(&path).expect("bound");
+    let answers = ["", "HTTP/1.1 200 OK\r\n", "HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n{"];
+    tokio::spawn(async move {
+        for answer in answers {
+            // Closed with the request read, as a daemon does that is stopped, and with it unread, as one that is killed.
+            for is_read in [true, false] {
+                let (mut stream, _) = listener.accept().await.expect("accepted");
+                if is_read {
+                    let mut head = [0u8; 1024];
+                    let _ = stream.read(&mut head).await;
+                }
+                stream.write_all(answer.as_bytes()).await.expect("answered");
+            }
+        }
+    });
+    for answer in answers {
+        for _ in 0..2 {
+            let error = ControlClient::new(&path).status().await.expect_err("no status");
+            assert!(matches!(error, ClientError::Ended { .. }), "{answer:?}: {error}");
+            assert!(error.to_string().contains("ended before it answered"), "{error}");
+        }
     }
 }

@@ -12,11 +12,13 @@ const SIZE: u64 = 2 * 1024 * BLOCK + 5 * BLOCK + 100;
 struct Lab {
     dir: tempfile::TempDir,
     state: Arc<MemoryState>,
+    is_released: bool,
 }
 
 impl Lab {
     fn new() -> Lab {
-        let lab = Lab { dir: tempfile::tempdir().expect("a folder"), state: Arc::new(MemoryState::new()) };
+        let (dir, state) = (tempfile::tempdir().expect("a folder"), Arc::new(MemoryState::new()));
+        let lab = Lab { dir, state, is_released: false };
         let file = std::fs::File::create(lab.path()).expect("creates");
         file.set_len(SIZE).expect("grows");
         file.write_all_at(&[1; 3 * BLOCK as usize], 2 * BLOCK).expect("writes");
@@ -32,7 +34,7 @@ impl Lab {
         let image = Arc::new(Image::open_write(&self.path()).expect("opens"));
         let geometry = Geometry::new(SIZE, BLOCK).expect("a geometry");
         let state = Arc::clone(&self.state) as Arc<dyn State>;
-        Manifest::open("vm".parse().expect("a name"), image, geometry, state).expect("opens")
+        Manifest::open("vm".parse().expect("a name"), image, geometry, state, self.is_released).expect("opens")
     }
 }
 
@@ -195,4 +197,24 @@ fn an_image_that_is_written_while_it_is_opened_is_not_believed() {
     let page = manifest.page(PageIndex(1)).expect("is known");
     assert!(!page.is_zero());
     manifest.check_unchanged().expect("nothing was promised yet");
+}
+
+#[test]
+fn a_released_image_that_changed_while_nobody_looked_is_not_served() {
+    let mut lab = Lab::new();
+    let manifest = lab.open();
+    manifest.seal().expect("seals");
+    drop(manifest);
+    lab.is_released = true;
+    let again = lab.open();
+    again.page(PageIndex(0)).expect("as it was");
+    drop(again);
+    std::thread::sleep(TIMESTAMP_GRAIN);
+    let file = std::fs::File::options().write(true).open(lab.path()).expect("opens");
+    file.write_all_at(&[9; 512], 3 * BLOCK).expect("writes");
+    for _ in 0..2 {
+        let changed = lab.open();
+        assert!(matches!(changed.check_unchanged(), Err(SourceError::Changed { .. })));
+        assert!(matches!(changed.page(PageIndex(2)), Err(SourceError::Changed { .. })));
+    }
 }

@@ -42,7 +42,7 @@ fn connect() -> Peer {
     let geometry = Geometry::new(3 << 16, 1 << 16).expect("a geometry");
     let name: Name = "vm".parse().expect("a name");
     let state = Arc::new(MemoryState::new());
-    let manifest = Manifest::open(name.clone(), Arc::clone(&image), geometry, state).expect("opens");
+    let manifest = Manifest::open(name.clone(), Arc::clone(&image), geometry, state, false).expect("opens");
     let volume = Arc::new(SourceVolume { name, image, geometry, manifest: Arc::new(manifest), generation: 1 });
     let (here, there) = memory::pair("b".parse().expect("a name"), "a".parse().expect("a name"));
     let workers = Workers::start("test", 1, 1).expect("threads");
@@ -84,7 +84,7 @@ impl Peer {
         }
     }
 
-    async fn is_dropped(mut self) -> String {
+    async fn reason_of_drop(mut self) -> String {
         assert_eq!(self.answer().await, None, "the connection ends");
         self.link.closed().await.to_string()
     }
@@ -110,10 +110,10 @@ async fn a_peer_of_another_version_is_told_so() {
 async fn whoever_does_not_say_hello_is_dropped() {
     let peer = connect();
     peer.send(Control::Forget { flight: 1 }).await;
-    assert!(peer.is_dropped().await.contains("Hello"));
+    assert!(peer.reason_of_drop().await.contains("Hello"));
     let peer = connect();
     peer.link.send_control(Bytes::from_static(b"GET / HTTP/1.1")).await.expect("sends");
-    assert!(peer.is_dropped().await.contains("no sense"));
+    assert!(peer.reason_of_drop().await.contains("no sense"));
 }
 
 #[tokio::test]
@@ -156,7 +156,7 @@ async fn a_peer_that_wants_too_much_loses_its_connection() {
             }
         }
     });
-    assert!(peer.is_dropped().await.contains("16384"));
+    assert!(peer.reason_of_drop().await.contains("16384"));
 }
 
 #[tokio::test]
@@ -164,5 +164,5 @@ async fn a_source_does_not_take_a_sources_frames() {
     let mut peer = connect();
     peer.hello().await;
     peer.send(Control::Done { request: 1, epoch: 1 }).await;
-    assert!(peer.is_dropped().await.contains("only a source sends"));
+    assert!(peer.reason_of_drop().await.contains("only a source sends"));
 }
