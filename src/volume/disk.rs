@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
 
@@ -14,6 +15,9 @@ use crate::image::{Image, ImageError};
 /// Locks over blocks that are not resident: a guest's write and the landing of the same block take turns. Never taken for
 /// a resident block, never held across a fetch.
 const STRIPES: usize = 64;
+/// Fetched bytes after which the kernel is asked to begin writing: saved up for a second they would be a sync during which every
+/// write and many reads of the file system stand still.
+const WRITEBACK_BYTES: u64 = 4 << 20;
 
 /// See the module.
 #[derive(Debug)]
@@ -23,6 +27,7 @@ pub(super) struct Disk {
     bits: Arc<ResidentBits>,
     residency: Mutex<Residency>,
     stripes: [Mutex<()>; STRIPES],
+    landed_bytes: AtomicU64,
     /// Whether absent regions may hold something else than zeros: a block device, or what a crash left behind.
     may_hold_residue: bool,
 }
@@ -30,6 +35,7 @@ pub(super) struct Disk {
 impl Disk {
     pub(super) fn new(image: Arc<Image>, residency: Residency, geometry: Geometry, may_hold_residue: bool) -> Disk {
         Disk {
+            landed_bytes: AtomicU64::new(0),
             may_hold_residue: may_hold_residue || image.is_block_device(),
             image,
             geometry,
@@ -133,6 +139,10 @@ impl Disk {
             }
         }
         self.residency.lock().record_fetched(block);
+        let before = self.landed_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        if before / WRITEBACK_BYTES != (before + bytes.len() as u64) / WRITEBACK_BYTES {
+            self.image.begin_writeback();
+        }
         Ok(true)
     }
 
