@@ -337,10 +337,12 @@ async fn a_peer_that_was_killed_and_is_back_ends_its_old_links() {
     let patient = EndpointOptions { idle_timeout: 10 * PATIENCE, ..options() };
     let trust = Arc::new(Trust::new([(of_client.fingerprint(), name("client"))]));
     let server = Endpoint::bind("127.0.0.1:0", of_server.clone(), trust, patient.clone()).await.expect("bound");
-    let client = Endpoint::bind("127.0.0.1:0", of_client.clone(), Arc::default(), patient.clone()).await.expect("bound");
+    let client =
+        Endpoint::bind("127.0.0.1:0", of_client.clone(), Arc::default(), patient.clone()).await.expect("bound");
     let listen = server.local_addr().expect("bound").to_string();
     let relay = Relay::between(&client, &server).await;
-    let target = PeerTarget { name: name("server"), address: relay.address.clone(), fingerprint: of_server.fingerprint() };
+    let target =
+        PeerTarget { name: name("server"), address: relay.address.clone(), fingerprint: of_server.fingerprint() };
     let (dialled, accepted) = soon!(async { tokio::join!(client.connect(&target), server.accept()) });
     let (dialled, accepted) = (dialled.expect("connected"), accepted.expect("accepted"));
 
@@ -366,7 +368,8 @@ async fn a_dead_path_is_noticed() {
     let short = EndpointOptions { idle_timeout: Duration::from_millis(1500), ..options() };
     let client = Endpoint::bind("127.0.0.1:0", of_client, Arc::default(), short).await.expect("bound");
     let relay = Relay::between(&client, &server).await;
-    let target = PeerTarget { name: name("server"), address: relay.address.clone(), fingerprint: of_server.fingerprint() };
+    let target =
+        PeerTarget { name: name("server"), address: relay.address.clone(), fingerprint: of_server.fingerprint() };
     let (dialled, accepted) = soon!(async { tokio::join!(client.connect(&target), server.accept()) });
     let (mut dialled, _accepted) = (dialled.expect("connected"), accepted.expect("accepted"));
     // Kept alive far beyond the timeout without anything to say ...
