@@ -38,7 +38,9 @@ pub enum VolumeError {
         after: Duration,
     },
     /// An earlier sync failed, so nobody knows what the disk holds.
-    #[error("volume {volume}: the disk failed to sync earlier; restart the daemon when the disk is well again")]
+    #[error(
+        "volume {volume}: the disk failed to sync, so nobody knows what it holds; restart the daemon when the disk is well again"
+    )]
     SyncFailed {
         /// Which.
         volume: Name,

@@ -209,6 +209,7 @@ impl Volume {
         if len_bytes == 0 {
             return Ok(Bytes::new());
         }
+        self.check_sync()?;
         let blocks = self.disk.blocks_of(offset, u64::from(len_bytes));
         if self.is_complete() || self.disk.bits().are_resident(blocks.clone()) {
             self.stats.count_resident(u64::from(len_bytes));
@@ -226,6 +227,9 @@ impl Volume {
     /// Reads into `buf` at once if that needs nothing but the page cache; None otherwise.
     pub fn try_read_now(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), VolumeError>> {
         let len_bytes = buf.len() as u64;
+        if self.check_sync().is_err() {
+            return None;
+        }
         if !self.is_complete() && !self.disk.bits().are_resident(self.disk.blocks_of(offset, len_bytes)) {
             return None;
         }
@@ -358,6 +362,15 @@ impl Volume {
             self.is_sync_broken.fetch_or(ended.is_panic(), Ordering::AcqRel);
             Err(VolumeError::ShuttingDown)
         })
+    }
+
+    /// After a failed sync the kernel may have dropped blocks that were fetched and not marked yet: read again from the disk they would
+    /// be what lay there before, which nobody verified. The restart that mends it fetches them again.
+    fn check_sync(&self) -> Result<(), VolumeError> {
+        if self.is_sync_broken.load(Ordering::Acquire) && !self.is_complete() {
+            return Err(VolumeError::SyncFailed { volume: self.name.clone() });
+        }
+        Ok(())
     }
 
     fn guest_writes(&self) {

@@ -483,6 +483,23 @@ async fn an_image_that_changes_at_the_source_fails_visibly() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_failed_sync_nothing_is_served_that_the_disk_may_have_lost() {
+    let sites = Sites::new();
+    sites.connect().await;
+    let volume = sites.volume(true, None);
+    volume.read(BLOCK, 512).await.expect("reads");
+    volume.flush().await.expect("flushes");
+    volume.is_sync_broken.store(true, Ordering::Release);
+    assert!(matches!(volume.read(BLOCK, 512).await, Err(VolumeError::SyncFailed { .. })));
+    assert!(volume.try_read_now(BLOCK, &mut [0; 512]).is_none());
+    assert!(matches!(volume.flush().await, Err(VolumeError::SyncFailed { .. })));
+    sites.crash(volume);
+    let volume = sites.volume(false, None);
+    run_bulk(Arc::clone(&volume), true).await.expect("completes after the restart");
+    assert!(all_of(&volume).await == sites.content);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_trim_of_everything_completes_without_fetching() {
     let sites = Sites::new();
     sites.connect().await;
