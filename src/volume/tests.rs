@@ -124,12 +124,23 @@ impl Sites {
         self.dir.path().join("destination.raw")
     }
 
+    /// A block may still be landing when the last client is gone, and holds the file as a process that has been killed does not.
+    fn reopen(&self) -> Image {
+        for _ in 0..2000 {
+            match Image::open_write(&self.path()) {
+                Err(ImageError::InUse { .. }) => std::thread::sleep(Duration::from_millis(5)),
+                opened => return opened.expect("opens"),
+            }
+        }
+        panic!("the destination's file was not let go within 10 seconds");
+    }
+
     /// The destination's volume: new, or as it comes back after a restart.
     fn volume(&self, is_new: bool, demand_timeout: Option<Duration>) -> Arc<Volume> {
         let image = if is_new {
             Image::create(&self.path(), self.geometry().size_bytes).expect("creates")
         } else {
-            Image::open_write(&self.path()).expect("opens")
+            self.reopen()
         };
         let parts = VolumeParts {
             name: name("vm"),

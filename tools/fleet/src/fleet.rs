@@ -83,7 +83,16 @@ pub fn build(
         fs::create_dir_all(dir).map_err(FleetError::file("create the directory", dir))?;
     }
     let out = fs::canonicalize(&options.out).map_err(FleetError::file("find", &options.out))?;
-    let yard = Yard { options, contents, before: FleetReport::load(&out), done: Mutex::default(), out, staging, say };
+    let yard = Yard {
+        options,
+        contents,
+        before: FleetReport::load(&out),
+        done: Mutex::default(),
+        saving: Mutex::default(),
+        out,
+        staging,
+        say,
+    };
     yard.build()
 }
 
@@ -94,6 +103,8 @@ struct Yard<'a> {
     before: FleetReport,
     /// Finished images and their places.
     done: Mutex<Vec<(usize, ImageReport)>>,
+    /// One writer of `fleet.json` at a time: the workers share its temporary file.
+    saving: Mutex<()>,
     out: PathBuf,
     staging: PathBuf,
     say: &'a (dyn Fn(&str) + Sync),
@@ -202,6 +213,7 @@ impl Yard<'_> {
         self.note(place, report);
         // After every image, so that an interrupted run is not lost; images of the last run that are still to come
         // stay listed.
+        let _turn = self.saving.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let mut so_far = self.report();
         let is_listed = |image: &ImageReport| so_far.images.iter().any(|other| other.path == image.path);
         let waiting: Vec<ImageReport> = self.before.images.iter().filter(|image| !is_listed(image)).cloned().collect();
