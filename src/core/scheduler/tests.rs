@@ -8,6 +8,7 @@ mod model;
 use proptest::prelude::*;
 
 use super::*;
+use crate::core::ids::BlockIndex;
 use model::{Op, World};
 
 fn any_class() -> impl Strategy<Value = Class> {

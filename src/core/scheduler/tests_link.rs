@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
 use super::*;
+use crate::core::ids::BlockIndex;
 
 /// Raw bytes of every block here.
 const BLOCK_BYTES: u32 = 64 << 10;

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::Duration;
 
 use super::*;
+use crate::core::ids::BlockIndex;
 
 /// Ids that the places of a world share.
 const CONTENTS: u64 = 7;
