@@ -21,7 +21,8 @@ pub(super) struct Journal {
     volume: Name,
     /// Which boot of the machine this is, where the kernel tells.
     boot: Option<Arc<str>>,
-    live_turn: Arc<Mutex<()>>,
+    /// Held while a row is noted; true once nothing may be noted any more.
+    live_turn: Arc<Mutex<bool>>,
 }
 
 /// A new one at every boot, and never the same again.
@@ -40,7 +41,10 @@ impl Journal {
     pub(super) fn note_live(&self, disk: &Disk, blocks: std::ops::Range<u64>) -> Result<(), StateError> {
         let Some(boot) = &self.boot else { return Ok(()) };
         // One at a time: who finds nothing to note relies on the row of another being written, not on its way.
-        let _turn = self.live_turn.lock();
+        let is_stopped = self.live_turn.lock();
+        if *is_stopped {
+            return Ok(());
+        }
         let chunks = disk.residency().take_unnoted(blocks);
         if chunks.is_empty() {
             return Ok(());
@@ -79,9 +83,13 @@ impl Journal {
 
     /// Reads everything back; whether a guest had written. A row that makes no sense is an error: the volume is not served
     /// by guessing.
-    pub(super) fn restore(&self, residency: &mut Residency) -> Result<bool, VolumeError> {
+    ///
+    /// `is_file_synced`: the file was synced just now, without an error. If it was not, what the unsynced rows speak of may be gone.
+    pub(super) fn restore(&self, residency: &mut Residency, is_file_synced: bool) -> Result<bool, VolumeError> {
         self.restore_rows(&self.key("c/"), residency)?;
-        if let Some(boot) = &self.boot {
+        if !is_file_synced {
+            self.forget_live()?;
+        } else if let Some(boot) = &self.boot {
             let live = self.restore_rows(&self.key(&format!("live/{boot}/")), residency)?;
             // The bytes are in the page cache, perhaps nowhere else: the next checkpoint makes both durable.
             residency.mark_dirty(live);
@@ -109,6 +117,20 @@ impl Journal {
                 why: format!("its residency in the state database is damaged: {why}; restore the state database"),
             }),
         }
+    }
+
+    /// As [`Journal::forget_live`], and nothing more is noted until a restart.
+    pub(super) fn stop_live(&self) -> Result<(), StateError> {
+        let mut is_stopped = self.live_turn.lock();
+        *is_stopped = true;
+        self.forget_live()
+    }
+
+    /// The disk failed to sync: the kernel may have dropped bytes that unsynced rows speak of, under this very boot.
+    pub(super) fn forget_live(&self) -> Result<(), StateError> {
+        let mut batch = StateBatch::default();
+        batch.delete_prefix(self.key("live/"));
+        self.state.write_batch(batch, true)
     }
 
     /// Nothing is known of this volume any more, durably.
@@ -147,12 +169,17 @@ mod tests {
         journal.note_live(&disk, 1..2).expect("notes");
         let restored = |journal: &Journal| {
             let mut residency = Residency::new(geometry);
-            journal.restore(&mut residency).expect("restores");
+            journal.restore(&mut residency, true).expect("restores");
             let valid = residency.mask(BlockIndex(1)).map(|mask| format!("{:?}", mask.valid(1 << 16)));
             (valid, residency.bits().is_resident(BlockIndex(2)), residency.is_dirty())
         };
         assert_eq!(restored(&journal), (Some("[512..1536]".to_owned()), true, true));
         journal.boot = Some("second".into());
         assert_eq!(restored(&journal), (None, false, false));
+        journal.boot = Some("first".into());
+        let mut residency = Residency::new(geometry);
+        journal.restore(&mut residency, false).expect("restores");
+        assert!(!residency.bits().is_resident(BlockIndex(2)), "a file that could not be synced");
+        assert_eq!(restored(&journal), (None, false, false), "nor later");
     }
 }

@@ -105,7 +105,12 @@ impl Volume {
             journal.forget()?;
             false
         } else {
-            journal.restore(&mut residency)?
+            // Also tells of a writeback that failed before this process had the file open.
+            let synced = parts.image.sync_data();
+            if let Err(error) = &synced {
+                tracing::error!(volume = %parts.name, %error, "the file could not be synced: only what was flushed is believed");
+            }
+            journal.restore(&mut residency, synced.is_ok())?
         };
         let volume = Volume::new(parts, residency, false, !is_new);
         volume.is_guest_noted.store(guest_wrote, Ordering::Release);
@@ -345,6 +350,10 @@ impl Volume {
                 // The kernel has dropped what it could not write, and the next sync would succeed: nothing may be marked
                 // resident from here on, nor a flush be acknowledged.
                 is_sync_broken.store(true, Ordering::Release);
+                // Nor may a restart believe what was noted of it without being synced.
+                if let Err(error) = journal.stop_live() {
+                    tracing::error!(volume = %name, %error, "unsynced residency could not be dropped");
+                }
                 tracing::error!(volume = %name, %error, "the disk failed to sync; flushes fail until a restart");
                 return Err(error.into());
             }
