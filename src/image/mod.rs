@@ -42,6 +42,9 @@ pub struct Stamp {
     pub ctime_ns: i128,
 }
 
+/// From linux/fs.h, since Linux 6.14.
+const RWF_DONTCACHE: i32 = 0x80;
+
 impl Image {
     /// Size in bytes, as it was when the image was opened.
     pub fn size_bytes(&self) -> u64 {
@@ -82,6 +85,17 @@ impl Image {
             }
         }
         Ok(())
+    }
+
+    /// As [`Image::read_at`], for what will not soon be read again: leaves in the page cache what was there and adds nothing to it
+    /// (RWF_DONTCACHE, where the kernel and the file system know it), so that hashing an image pushes nothing else out.
+    pub fn read_once_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+        let vector = nix::libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+        // SAFETY: one vector over `buf`, which is exclusively ours during the call, on a descriptor that `self` keeps open.
+        let count = unsafe { nix::libc::preadv2(self.file.as_raw_fd(), &vector, 1, offset as i64, RWF_DONTCACHE) };
+        // Refused, or less than all: the ordinary read finds out.
+        let done = usize::try_from(count).unwrap_or(0).min(buf.len());
+        self.read_at(offset + done as u64, &mut buf[done..])
     }
 
     /// Fills `buf` if the page cache has all of it (RWF_NOWAIT); None if the disk would have to be waited for, or the file
@@ -191,14 +205,6 @@ impl Image {
         }
         let meta = self.file.metadata().map_err(|error| self.io("examining", 0, error))?;
         Ok(meta.blocks() * 512)
-    }
-
-    /// Tells the kernel that a range was read once and will not soon be read again, so that hashing a large image
-    /// does not push everything else out of the page cache. Advice only.
-    pub fn forget_cached(&self, range: Range<u64>) {
-        let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED;
-        let _ =
-            nix::fcntl::posix_fadvise(self.file.as_fd(), range.start as i64, (range.end - range.start) as i64, advice);
     }
 
     /// The descriptor, for drivers that submit I/O by other means.

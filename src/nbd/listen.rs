@@ -58,6 +58,9 @@ pub enum ListenError {
         /// The path.
         path: PathBuf,
     },
+    /// The system gave no thread.
+    #[error("cannot serve NBD: no thread for the watch over clients: {0}; raise the limit of threads")]
+    NoThread(io::Error),
     /// The system refused.
     #[error("cannot serve NBD on {address}: {source}; check the address in [nbd] listen and the permissions")]
     Io {

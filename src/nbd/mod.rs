@@ -9,6 +9,7 @@
 //! ```
 
 mod budget;
+mod connection;
 mod execute;
 mod handshake;
 mod listen;
@@ -16,6 +17,7 @@ mod output;
 mod server;
 mod socket;
 mod transmission;
+mod watch;
 
 #[cfg(test)]
 mod testing;
@@ -102,8 +104,20 @@ pub trait Export: Send + Sync + 'static {
         None
     }
 
-    /// The fast path of a write (at most 128 KiB), likewise. `None`, and nothing done: take [`Export::write`].
-    fn try_write_now(&self, _offset: u64, _data: &[u8], _fua: bool) -> Option<Result<(), NbdErrno>> {
+    /// The fast path of a write (at most 128 KiB), on the session's own thread. It may wait for the disk: a session that
+    /// hangs in it for long goes on on another thread meanwhile. `None`, and nothing done: take [`Export::write`].
+    fn write_here(&self, _offset: u64, _data: &[u8], _fua: bool) -> Option<Result<(), NbdErrno>> {
+        None
+    }
+
+    /// The second fast path of a read (at most 128 KiB), for when [`Export::try_read_now`] finds that the disk has to be waited
+    /// for: likewise.
+    fn read_here(&self, _offset: u64, _buf: &mut [u8]) -> Option<Result<(), NbdErrno>> {
+        None
+    }
+
+    /// The fast path of a flush, likewise.
+    fn flush_here(&self) -> Option<Result<(), NbdErrno>> {
         None
     }
 }

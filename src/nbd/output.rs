@@ -15,8 +15,14 @@ const PAGE_BYTES: usize = SYNC_MAX_BYTES + (4 << 10);
 /// Pages that are kept for later.
 const SPARE_PAGES: usize = 2;
 
-/// Pieces below this are copied into a page: cheaper than a segment of their own.
-const COPY_BELOW_BYTES: usize = 2 << 10;
+/// Bytes of a page that begins with a small reply.
+const SMALL_PAGE_BYTES: usize = 4 << 10;
+
+/// The longest reply that such a page is made for.
+const SMALL_BYTES: usize = 512;
+
+/// Pieces below this are copied into a page: cheaper than a segment of their own, and a page for the next header behind it.
+const COPY_BELOW_BYTES: usize = 16 << 10;
 
 /// The most segments that are offered to one system call.
 pub(super) const MAX_SLICES: usize = 64;
@@ -61,7 +67,11 @@ impl Output {
     pub(super) fn room(&mut self, len: usize) -> &mut [u8] {
         let fits = matches!(self.segments.back(), Some(Segment::Page { page, end, .. }) if page.len() - end >= len);
         if !fits {
-            let page = self.spare.pop().unwrap_or_else(|| vec![0; PAGE_BYTES.max(len)].into_boxed_slice());
+            let page = if len <= SMALL_BYTES && matches!(self.segments.back(), Some(Segment::Shared(_))) {
+                vec![0; SMALL_PAGE_BYTES].into_boxed_slice()
+            } else {
+                self.spare.pop().unwrap_or_else(|| vec![0; PAGE_BYTES.max(len)].into_boxed_slice())
+            };
             self.segments.push_back(Segment::Page { page, start: 0, end: 0 });
         }
         match self.segments.back_mut() {

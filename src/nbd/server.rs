@@ -12,10 +12,12 @@ use tokio_util::task::TaskTracker;
 
 use super::Exports;
 use super::budget::Budget;
+use super::connection::Connection;
 use super::handshake::{Shaken, shake_hands};
 use super::listen::{ListenError, Listener, NbdAddr, NbdListen};
-use super::socket::Socket;
+use super::socket::{DetachedSocket, Socket};
 use super::transmission::Transmission;
+use super::watch::{OnWatch, Watch};
 
 /// What clients may make a server hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +64,7 @@ struct Shared {
     exports: Arc<dyn Exports>,
     limits: NbdLimits,
     budget: Arc<Budget>,
+    watch: OnWatch,
     /// Accept loops, handshakes and transmissions.
     tasks: TaskTracker,
     /// No new connections and requests.
@@ -89,13 +92,19 @@ impl NbdServer {
         for listen in listeners {
             open.push(Listener::open(listen).await?);
         }
+        let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
+        let relieve = {
+            let (stop, abort) = (stop.clone(), abort.clone());
+            move |connection, driver, socket| drive(connection, driver, socket, stop.clone(), abort.clone())
+        };
         let shared = Arc::new(Shared {
             exports,
+            watch: Watch::start(Box::new(relieve)).map_err(ListenError::NoThread)?,
             budget: Budget::new(limits.total_bytes.max(64 << 20), limits.connection_bytes),
             limits,
             tasks: TaskTracker::new(),
-            stop: CancellationToken::new(),
-            abort: CancellationToken::new(),
+            stop,
+            abort,
             handshakes: Mutex::new(VecDeque::new()),
             next_handshake: AtomicU64::new(0),
             connections: AtomicUsize::new(0),
@@ -208,54 +217,54 @@ impl Shared {
                 socket.close(Duration::from_secs(1)).await;
             }
             Some(Ok(Ok(Shaken::Enter { session, name, export, input }))) => {
-                let detached = match socket.detach() {
+                let socket = match socket.detach() {
                     Ok(detached) => detached,
                     Err(error) => return tracing::debug!(%peer, %error, "an nbd client left after its handshake"),
                 };
-                let shared = Arc::clone(&self);
-                let transmit = move || {
-                    // A runtime of its own: an export that waits for a disk in its fast path holds up its own client
-                    // only, and a wake-up does not go through the threads of others.
-                    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-                        Ok(runtime) => runtime,
-                        Err(error) => return tracing::error!(%error, "cannot serve an nbd client: no runtime"),
-                    };
-                    runtime.block_on(async {
-                        let socket = match detached.attach() {
-                            Ok(socket) => socket,
-                            Err(error) => return tracing::error!(%error, "cannot serve an nbd client: no events"),
-                        };
-                        let share = shared.budget.share();
-                        let max_requests = shared.limits.max_requests.max(1);
-                        let session = Transmission::new(socket, session, name, export, input, share, max_requests);
-                        tokio::select! {
-                            biased;
-                            () = shared.abort.cancelled() => {}
-                            () = session.run(shared.stop.clone()) => {}
-                        }
-                    });
-                };
-                self.spawn_counted(transmit);
+                let share = self.budget.share();
+                let max_requests = self.limits.max_requests.max(1);
+                let transmission = Transmission::new(peer, session, name, export, input, share, max_requests);
+                let counted = Counted::new(&self);
+                let connection = Connection::new(transmission, Arc::clone(&self.watch.watch), counted);
+                let (stop, abort) = (self.stop.clone(), self.abort.clone());
+                if let Err(error) = drive(connection, 0, socket, stop, abort) {
+                    tracing::error!(%error, "cannot serve an nbd client");
+                }
             }
-        }
-    }
-
-    /// Runs `transmit` on a thread of its own, counted as a connection and awaited at shutdown.
-    fn spawn_counted(self: &Arc<Self>, transmit: impl FnOnce() + Send + 'static) {
-        let counted = Counted::new(self);
-        let spawned = std::thread::Builder::new().name("nbd-client".to_owned()).spawn(move || {
-            let _counted = counted;
-            crate::workers::run_soon();
-            transmit();
-        });
-        if let Err(error) = spawned {
-            tracing::error!(%error, "cannot serve an nbd client: no thread");
         }
     }
 }
 
+/// Drives a connection on a thread of its own, as its driver of this number. The thread has its own runtime, too: a wake-up
+/// does not go through the threads of others.
+fn drive(
+    connection: Arc<Connection>,
+    driver: u64,
+    socket: DetachedSocket,
+    stop: CancellationToken,
+    abort: CancellationToken,
+) -> io::Result<()> {
+    // All that can fail comes first.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let socket = {
+        let _entered = runtime.enter();
+        socket.attach()?
+    };
+    let transmit = move || {
+        crate::workers::run_soon();
+        runtime.block_on(async {
+            tokio::select! {
+                biased;
+                () = abort.cancelled() => {}
+                () = connection.serve(driver, socket, stop) => {}
+            }
+        });
+    };
+    std::thread::Builder::new().name("nbd-client".to_owned()).spawn(transmit).map(drop)
+}
+
 /// One connection in transmission, for as long as it lives.
-struct Counted {
+pub(super) struct Counted {
     shared: Arc<Shared>,
     _task: tokio_util::task::task_tracker::TaskTrackerToken,
 }

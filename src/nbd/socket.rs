@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -85,6 +86,42 @@ impl Socket {
         }
     }
 
+    /// As [`Socket::poll_read`], but without asking the reactor, so that nobody is woken later.
+    pub(super) fn read_now(&mut self, buf: &mut BytesMut, max_bytes: usize) -> ReadNow {
+        let fd = match self {
+            Socket::Unix(stream) => stream.as_raw_fd(),
+            Socket::Tcp(stream) => stream.as_raw_fd(),
+        };
+        let spare = buf.spare_capacity_mut();
+        let len = spare.len().min(max_bytes);
+        // SAFETY: at most `len` bytes are written, to memory that is exclusively ours during the call; the descriptor is
+        // open as long as the stream.
+        let count = unsafe { nix::libc::recv(fd, spare.as_mut_ptr().cast(), len, nix::libc::MSG_DONTWAIT) };
+        match count {
+            1.. => {
+                // SAFETY: so many bytes have been written behind what was there.
+                unsafe { buf.set_len(buf.len() + count as usize) };
+                ReadNow::Some
+            }
+            -1 if matches!(
+                io::Error::last_os_error().kind(),
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+            ) =>
+            {
+                ReadNow::None
+            }
+            _ => ReadNow::Ended,
+        }
+    }
+
+    /// What a second handle of this connection can be made of, if that is possible.
+    pub(super) fn twin(&self) -> Option<Twin> {
+        match self {
+            Socket::Unix(stream) => Some(Twin::Unix(stream.as_raw_fd())),
+            Socket::Tcp(stream) => Some(Twin::Tcp(stream.as_raw_fd())),
+        }
+    }
+
     /// Whether the client, of whom no more input comes, takes no output either. Over TCP that cannot be told before
     /// something is sent.
     pub(super) fn is_abandoned(&self, cx: &mut Context<'_>) -> bool {
@@ -138,6 +175,39 @@ impl Socket {
             }
         };
         let _ = tokio::time::timeout(linger, drain).await;
+    }
+}
+
+/// What came of [`Socket::read_now`].
+pub(super) enum ReadNow {
+    /// Something was read.
+    Some,
+    /// There is nothing now.
+    None,
+    /// Nothing more comes; [`Socket::poll_read`] tells why.
+    Ended,
+}
+
+/// The descriptor of a [`Socket`] that somebody else owns.
+#[derive(Clone, Copy)]
+pub(super) enum Twin {
+    Unix(RawFd),
+    Tcp(RawFd),
+}
+
+impl Twin {
+    /// Another handle of the same connection.
+    ///
+    /// # Safety
+    /// The socket that this was made from is still open.
+    pub(super) unsafe fn open(self) -> io::Result<DetachedSocket> {
+        let (Twin::Unix(fd) | Twin::Tcp(fd)) = self;
+        // SAFETY: open, says the caller.
+        let handle = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()?;
+        Ok(match self {
+            Twin::Unix(_) => DetachedSocket::Unix(handle.into()),
+            Twin::Tcp(_) => DetachedSocket::Tcp(handle.into()),
+        })
     }
 }
 

@@ -200,7 +200,7 @@ impl Export for MemoryDisk {
         })
     }
 
-    fn try_write_now(&self, offset: u64, data: &[u8], _fua: bool) -> Option<Result<(), NbdErrno>> {
+    fn write_here(&self, offset: u64, data: &[u8], _fua: bool) -> Option<Result<(), NbdErrno>> {
         self.at_once.load(Ordering::SeqCst).then(|| {
             self.bytes.lock()[offset as usize..offset as usize + data.len()].copy_from_slice(data);
             Ok(())

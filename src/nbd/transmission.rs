@@ -1,9 +1,10 @@
-//! The transmission phase of one connection: one task that reads requests, runs them, and sends replies in the order in
-//! which they are ready. Must not know what an export is made of.
+//! The transmission phase of one connection: reads requests, runs them, and sends replies in the order in which they are
+//! ready. Must not know what an export is made of, nor which thread it is on.
 //!
 //! Everything happens in [`Transmission::poll`], which moves what can be moved in each direction and returns when all
 //! of it has to wait. So a request that the export answers at once costs no task, no channel and no allocation, and the
-//! replies to all requests that came in one segment leave in one system call.
+//! replies to all requests that came in one segment leave in one system call. Work that may wait for the disk is handed
+//! out as a [`Job`], to be run by the same thread without holding on to the connection.
 //!
 //! What a client can make this hold: its requests in flight (bounded in number, their payloads by [`Share`]), replies
 //! that it does not take (requests are left in the socket from [`OUTPUT_HIGH_BYTES`] on), and one buffer of input.
@@ -12,7 +13,6 @@ use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures::StreamExt;
@@ -38,15 +38,15 @@ const INPUT_AFTER_LARGE_BYTES: usize = 512;
 /// Payloads up to this length are taken from the input buffer; longer ones are read into their own.
 const SMALL_PAYLOAD_BYTES: usize = 16 << 10;
 
+/// Buffers for payloads that are kept: 8 of 128 KiB are what a client has in flight that reads ahead.
+const SPARE_PAYLOADS: usize = 8;
+
 /// Replies are sent when this much waits, even though more requests are at hand: so the client works on the first
 /// replies while the next are made.
 const FLUSH_BYTES: usize = 32 << 10;
 
 /// No more requests are taken while this much waits to be sent.
 const OUTPUT_HIGH_BYTES: usize = 512 << 10;
-
-/// How long a client has to take notice of the end of its connection.
-const LINGER: Duration = Duration::from_secs(1);
 
 /// Why no more requests are taken from a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,11 +77,45 @@ enum Intake {
     Skip { left_bytes: u64, bad: BadRequest },
 }
 
+/// What [`Transmission::poll`] came to.
+pub(super) enum Turn {
+    /// Nothing can be moved; the task is woken when something can. `is_idle`: the client's next request is all that is
+    /// waited for.
+    Wait { is_idle: bool },
+    /// This is to be done next, and its result handed to [`Transmission::job_done`].
+    Run(Job),
+    /// No more requests are taken, and all have been answered.
+    Done,
+}
+
+/// A request that is run on the connection's own thread, which may have to wait for the disk.
+pub(super) struct Job {
+    request: Request,
+    /// What is written, or has been read.
+    payload: BytesMut,
+    /// What of the budget it has.
+    taken_bytes: u64,
+}
+
+impl Job {
+    /// Runs it; None where the export would rather do it its slow way.
+    pub(super) fn run(&mut self, export: &dyn Export) -> Option<Result<(), NbdErrno>> {
+        match self.request.command {
+            Command::Read { offset, len_bytes, .. } => {
+                self.payload.resize(len_bytes as usize, 0);
+                export.read_here(offset, &mut self.payload)
+            }
+            Command::Write { offset, fua, .. } => export.write_here(offset, &self.payload, fua),
+            Command::Flush => export.flush_here(),
+            _ => None,
+        }
+    }
+}
+
 /// One connection in transmission.
 pub(super) struct Transmission {
     peer: Peer,
     name: String,
-    socket: Socket,
     session: Session,
     export: Arc<dyn Export>,
     max_requests: usize,
@@ -89,9 +123,14 @@ pub(super) struct Transmission {
 
     input: BytesMut,
     intake: Intake,
+    job: Option<Job>,
+    /// Jobs that have been handed out and are not done yet: more than one only where one hangs.
+    jobs_out: usize,
+    /// Whether requests may be run on the connection's own thread, where they may wait for the disk.
+    may_run_here: bool,
     input_step_bytes: usize,
-    /// The buffer of an earlier payload, for the next: fresh memory costs a page fault every 4 KiB.
-    spare_payload: BytesMut,
+    /// Buffers of earlier payloads, for the next: fresh memory costs a page fault every 4 KiB.
+    spare_payloads: Vec<BytesMut>,
 
     /// Requests that change nothing: dropped when the client has gone.
     reads: FuturesUnordered<BoxFuture<'static, Finished>>,
@@ -109,7 +148,7 @@ pub(super) struct Transmission {
 impl Transmission {
     /// A session that has been negotiated; `input` is what came behind the handshake.
     pub(super) fn new(
-        socket: Socket,
+        peer: Peer,
         session: Session,
         name: String,
         export: Arc<dyn Export>,
@@ -118,17 +157,19 @@ impl Transmission {
         max_requests: usize,
     ) -> Transmission {
         Transmission {
-            peer: socket.peer(),
+            peer,
             name,
-            socket,
             session,
             export,
             max_requests,
             share,
             input,
             intake: Intake::Header,
+            job: None,
+            jobs_out: 0,
+            may_run_here: true,
             input_step_bytes: INPUT_BYTES,
-            spare_payload: BytesMut::new(),
+            spare_payloads: Vec::new(),
             reads: FuturesUnordered::new(),
             changes: FuturesUnordered::new(),
             output: Output::default(),
@@ -138,47 +179,101 @@ impl Transmission {
         }
     }
 
-    /// Serves until the client or `stop` ends it, then answers what is in flight and closes.
-    ///
-    /// "On a server shutdown, the server SHOULD wait for inflight requests to be serviced prior to initiating a hard
-    /// disconnect." Requests that were not read from the socket yet are not answered with NBD_ESHUTDOWN: the guest
-    /// would see an I/O error, where a client that reconnects just sends them again.
-    pub(super) async fn run(mut self, stop: tokio_util::sync::CancellationToken) {
+    /// What is served.
+    pub(super) fn export(&self) -> &Arc<dyn Export> {
+        &self.export
+    }
+
+    /// Says in the log that the client is here.
+    pub(super) fn log_begin(&self) {
         tracing::debug!(peer = %self.peer, export = %self.name, style = ?self.session.style, "nbd client connected");
-        let running = tokio::select! {
-            biased;
-            () = std::future::poll_fn(|cx| self.poll(cx)) => false,
-            () = stop.cancelled() => true,
-        };
-        if running {
-            self.finish(End::Shutdown);
-            std::future::poll_fn(|cx| self.poll(cx)).await;
-        }
+    }
+
+    /// Says in the log how it ended; whether the client can still be told that it did.
+    pub(super) fn log_end(&self) -> bool {
         match &self.end {
             Some(End::Fault(fault)) => {
                 tracing::warn!(peer = %self.peer, export = %self.name, "nbd client dropped: {fault}");
             }
             end => tracing::debug!(peer = %self.peer, export = %self.name, ?end, "nbd client left"),
         }
-        if !matches!(self.end, Some(End::Broken(_))) {
-            self.socket.close(LINGER).await;
+        !matches!(self.end, Some(End::Broken(_)))
+    }
+
+    /// Takes no more requests because the server is being shut down.
+    ///
+    /// "On a server shutdown, the server SHOULD wait for inflight requests to be serviced prior to initiating a hard
+    /// disconnect." Requests that were not read from the socket yet are not answered with NBD_ESHUTDOWN: the guest
+    /// would see an I/O error, where a client that reconnects just sends them again.
+    pub(super) fn shut_down(&mut self) {
+        self.finish(End::Shutdown);
+    }
+
+    /// Whether from now on [`Turn::Run`] may come.
+    pub(super) fn set_may_run_here(&mut self, may_run_here: bool) {
+        self.may_run_here = may_run_here;
+    }
+
+    /// Moves what can be moved.
+    pub(super) fn poll(&mut self, socket: &mut Socket, cx: &mut Context<'_>) -> Turn {
+        loop {
+            let finished = self.poll_finished(cx);
+            // Requests first: replies to all that are at hand leave together.
+            let taken = self.poll_input(socket, cx);
+            if let Some(job) = self.job.take() {
+                self.jobs_out += 1;
+                return Turn::Run(job);
+            }
+            let sent = self.poll_output(socket, cx);
+            let busy = !self.is_quiet() || self.output.waiting_bytes() > 0;
+            if self.end.is_some() && !busy {
+                return Turn::Done;
+            }
+            if !(finished || sent || taken) {
+                return Turn::Wait { is_idle: !busy && matches!(self.intake, Intake::Header) };
+            }
         }
     }
 
-    /// Moves what can be moved. Ready when no more requests are taken and all have been answered.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        loop {
-            let finished = self.poll_finished(cx);
-            let sent = self.poll_output(cx);
-            let taken = self.poll_input(cx);
-            let busy = !self.reads.is_empty() || !self.changes.is_empty() || self.output.waiting_bytes() > 0;
-            if self.end.is_some() && !busy {
-                return Poll::Ready(());
-            }
-            if !(finished || sent || taken) {
-                return Poll::Pending;
-            }
+    /// A job has been run.
+    pub(super) fn job_done(&mut self, job: Job, result: Option<Result<(), NbdErrno>>) {
+        self.jobs_out -= 1;
+        let Job { request, mut payload, taken_bytes } = job;
+        let Some(result) = result else {
+            // A read goes on with a buffer of the export's own.
+            let payload = matches!(request.command, Command::Write { .. }).then(|| payload.freeze());
+            return self.start(request, taken_bytes, payload, None);
+        };
+        if matches!(self.end, Some(End::Broken(_))) {
+            return self.share.give_back(taken_bytes);
         }
+        match (result, request.command) {
+            (Err(errno), _) => self.reply_failure(request, errno),
+            (Ok(()), Command::Read { .. }) => {
+                self.reply_data(request, &ReadData::One(payload.freeze()));
+                // The data is counted until it is sent.
+                self.owed.push_back((self.output.queued_bytes(), taken_bytes));
+                return self.settle();
+            }
+            (Ok(()), _) => self.output.put(self.session.style.done(request.tag).as_slice()),
+        }
+        // Parts of the input buffer are not worth keeping.
+        if payload.len() > SMALL_PAYLOAD_BYTES && self.spare_payloads.len() < SPARE_PAYLOADS {
+            payload.clear();
+            self.spare_payloads.push(payload);
+        }
+        self.share.give_back(taken_bytes);
+    }
+
+    /// Whether a job is being run on another thread than the one that asks.
+    pub(super) fn has_jobs_out(&self) -> bool {
+        self.jobs_out > 0
+    }
+
+    /// Where input goes that is read past [`Transmission::poll`], and how much of it at once.
+    pub(super) fn input_buffer(&mut self) -> (&mut BytesMut, usize) {
+        self.input.reserve(self.input_step_bytes);
+        (&mut self.input, self.input_step_bytes)
     }
 
     /// Takes no more requests; what was read of an unfinished one is forgotten.
@@ -268,13 +363,13 @@ impl Transmission {
         self.output.put(&self.session.style.error(tag, errno, message));
     }
 
-    fn poll_output(&mut self, cx: &mut Context<'_>) -> bool {
+    fn poll_output(&mut self, socket: &mut Socket, cx: &mut Context<'_>) -> bool {
         let mut moved = false;
         self.output_blocked = false;
         while self.output.waiting_bytes() > 0 {
             let mut slices = [IoSlice::new(&[]); MAX_SLICES];
             let count = self.output.slices(&mut slices);
-            match self.socket.poll_write(cx, &slices[..count]) {
+            match socket.poll_write(cx, &slices[..count]) {
                 Poll::Pending => {
                     self.output_blocked = true;
                     break;
@@ -313,11 +408,11 @@ impl Transmission {
     // Requests.
 
     /// Takes requests until the input is used up, replies should be sent first, or something has to be waited for.
-    fn poll_input(&mut self, cx: &mut Context<'_>) -> bool {
+    fn poll_input(&mut self, socket: &mut Socket, cx: &mut Context<'_>) -> bool {
         let mut moved = false;
-        while self.end.is_none() {
+        while self.end.is_none() && self.job.is_none() {
             if matches!(self.intake, Intake::Header) {
-                let running = self.reads.len() + self.changes.len();
+                let running = self.reads.len() + self.changes.len() + self.jobs_out;
                 // Whatever makes room here wakes this task: it is polled for in `poll_finished` and `poll_output`.
                 if running >= self.max_requests || self.output.waiting_bytes() >= OUTPUT_HIGH_BYTES {
                     return moved;
@@ -330,7 +425,7 @@ impl Transmission {
                 Poll::Ready(true) => moved = true,
                 // More input is needed: first send what there is.
                 Poll::Ready(false) if self.output.waiting_bytes() > 0 && !self.output_blocked => return true,
-                Poll::Ready(false) => match self.poll_fill(cx) {
+                Poll::Ready(false) => match self.poll_fill(socket, cx) {
                     Poll::Ready(()) => moved = true,
                     Poll::Pending => return moved,
                 },
@@ -394,20 +489,20 @@ impl Transmission {
     }
 
     /// Reads more, to where it is needed.
-    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    fn poll_fill(&mut self, socket: &mut Socket, cx: &mut Context<'_>) -> Poll<()> {
         let read = match &mut self.intake {
             Intake::Large { request, payload } => {
                 let missing = request.command.payload_bytes() as usize - payload.len();
-                ready!(self.socket.poll_read(cx, payload, missing))
+                ready!(socket.poll_read(cx, payload, missing))
             }
             _ => {
                 let step = self.input_step_bytes;
                 self.input.reserve(step);
-                ready!(self.socket.poll_read(cx, &mut self.input, step))
+                ready!(socket.poll_read(cx, &mut self.input, step))
             }
         };
         match read {
-            Ok(0) if self.socket.is_abandoned(cx) => self.give_up(&std::io::ErrorKind::BrokenPipe.into()),
+            Ok(0) if socket.is_abandoned(cx) => self.give_up(&std::io::ErrorKind::BrokenPipe.into()),
             Ok(0) => self.finish(End::Closed),
             Ok(_) => {}
             Err(error) => self.give_up(&error),
@@ -434,11 +529,24 @@ impl Transmission {
                 self.input_step_bytes = INPUT_BYTES;
                 self.intake = Intake::Small(request);
             }
+            Command::Flush if self.may_run_here && self.is_alone() => {
+                self.input_step_bytes = INPUT_BYTES;
+                self.job = Some(Job { request, payload: BytesMut::new(), taken_bytes: 0 });
+            }
             _ => {
                 self.input_step_bytes = INPUT_BYTES;
                 self.admit(request);
             }
         }
+    }
+
+    /// Whether the client waits for nothing else: a sync on this thread then holds up nobody.
+    fn is_alone(&self) -> bool {
+        self.is_quiet() && self.input.is_empty()
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.reads.is_empty() && self.changes.is_empty() && self.jobs_out == 0
     }
 
     /// The export's fast path, straight into the page that will be sent.
@@ -482,10 +590,15 @@ impl Transmission {
     fn admitted(&mut self, request: Request) {
         self.intake = Intake::Header;
         match request.command {
+            Command::Read { len_bytes, .. }
+                if self.may_run_here && len_bytes as usize <= SYNC_MAX_BYTES && self.is_alone() =>
+            {
+                self.job = Some(Job { request, payload: BytesMut::new(), taken_bytes: cost_bytes(&request.command) });
+            }
             Command::Write { len_bytes, .. } => {
                 let len = len_bytes as usize;
                 // Only now, with its share taken, is there a buffer; and the system gives it memory as it is filled.
-                let mut payload = std::mem::take(&mut self.spare_payload);
+                let mut payload = self.spare_payloads.pop().unwrap_or_default();
                 payload.reserve(len);
                 let there = self.input.len().min(len);
                 payload.extend_from_slice(&self.input[..there]);
@@ -500,15 +613,14 @@ impl Transmission {
     fn small_payload(&mut self, request: Request) {
         let len = request.command.payload_bytes() as usize;
         match request.command {
-            Command::Write { offset, fua, .. } => {
-                if let Some(result) = self.export.try_write_now(offset, &self.input[..len], fua) {
-                    self.input.advance(len);
-                    self.intake = Intake::Header;
-                    self.written_now(request, result);
-                } else {
-                    self.admit(request);
-                }
+            Command::Write { fua, .. } if self.may_run_here && (!fua || self.input.len() == len && self.is_quiet()) => {
+                let payload = self.input.split_to(len);
+                self.intake = Intake::Header;
+                // Not worth waiting for, see below.
+                let taken_bytes = if self.share.try_take(len as u64) { len as u64 } else { 0 };
+                self.job = Some(Job { request, payload, taken_bytes });
             }
+            Command::Write { .. } => self.admit(request),
             Command::BlockStatusOf { offset, one, .. } => {
                 let parsed = parse_status_payload(&self.session, offset, &self.input[..len]);
                 self.input.advance(len);
@@ -528,23 +640,15 @@ impl Transmission {
         }
     }
 
-    fn written_now(&mut self, request: Request, result: Result<(), NbdErrno>) {
-        match result {
-            Ok(()) => self.output.put(self.session.style.done(request.tag).as_slice()),
-            Err(errno) => self.reply_failure(request, errno),
-        }
-    }
-
     /// The payload of a write is complete, and its share taken.
-    fn run_write(&mut self, request: Request, mut payload: BytesMut) {
-        if let Command::Write { offset, fua, len_bytes } = request.command
+    fn run_write(&mut self, request: Request, payload: BytesMut) {
+        if let Command::Write { len_bytes, fua, .. } = request.command
+            && self.may_run_here
             && len_bytes as usize <= SYNC_MAX_BYTES
-            && let Some(result) = self.export.try_write_now(offset, &payload, fua)
+            && (!fua || self.is_alone())
         {
-            self.share.give_back(cost_bytes(&request.command));
-            payload.clear();
-            self.spare_payload = payload;
-            return self.written_now(request, result);
+            self.job = Some(Job { request, payload, taken_bytes: cost_bytes(&request.command) });
+            return;
         }
         self.run_request(request, Some(payload.freeze()));
     }

@@ -135,6 +135,20 @@ impl Export for VolumeExport {
         let done = self.volume.try_read_now(offset, buf)?;
         Some(done.map_err(|error| self.errno("READ", offset, &error)))
     }
+
+    fn write_here(&self, offset: u64, data: &[u8], fua: bool) -> Option<Result<(), NbdErrno>> {
+        let done = self.volume.write_here(offset, data, fua)?;
+        Some(done.map_err(|error| self.errno("WRITE", offset, &error)))
+    }
+
+    fn read_here(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), NbdErrno>> {
+        let done = self.volume.read_here(offset, buf)?;
+        Some(done.map_err(|error| self.errno("READ", offset, &error)))
+    }
+
+    fn flush_here(&self) -> Option<Result<(), NbdErrno>> {
+        Some(self.volume.flush_here()?.map_err(|error| self.errno("FLUSH", 0, &error)))
+    }
 }
 
 impl VolumeExport {

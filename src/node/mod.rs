@@ -41,6 +41,10 @@ use record::{Ownership, Records, VolumeRecord};
 /// How long clients' requests and peers' connections may take to end at a shutdown.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
 
+/// Reads, and as many changes, that wait for disks at a time: what a queue of a fast disk takes, and what `qemu-nbd` and
+/// `nbdkit` allow themselves, too.
+const DISK_THREADS: usize = 16;
+
 /// Everything that a running site has.
 pub struct Node {
     config: Config,
@@ -175,7 +179,7 @@ impl Node {
         let fetch = Fetch::start(limits, Arc::clone(&store)).context("starting the store's threads")?;
         fetch.limit_site(config.bulk.rate.as_bytes_per_s());
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
-        let disk_workers = Workers::start("disk", 4, 2).context("starting the disk's threads")?;
+        let disk_workers = Workers::start("disk", DISK_THREADS, 2).context("starting the disk's threads")?;
         let cpu_workers = Workers::start("cpu", cores.min(4), cores).context("starting the worker threads")?;
         let hasher = Hasher::start().context("starting the hasher")?;
         let node = Arc::new_cyclic(|this| Node {

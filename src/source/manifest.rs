@@ -314,7 +314,7 @@ impl Manifest {
         while let Some(data) = self.image.next_data(at)?.filter(|data| data.start < end) {
             let start = data.start - (data.start - first) % (1 << 20);
             let len = (end - start).min(1 << 20) as usize;
-            self.image.read_at(start, &mut buf[..len])?;
+            self.image.read_once_at(start, &mut buf[..len])?;
             let index = self.geometry.block_size.index_of(start - first).0 as usize;
             for (nth, block) in buf[..len].chunks(self.geometry.block_size.bytes() as usize).enumerate() {
                 ids[index + nth] = BlockId::of(block);

@@ -94,6 +94,12 @@ impl FlushGate {
         }
         sync(Turn { done_to, covers: self.asked.load(Ordering::Acquire) }).await
     }
+
+    /// The turn for a sync that begins now, unless another is under way.
+    pub(super) fn try_turn(&self) -> Option<Turn> {
+        let done_to = Arc::clone(&self.turn).try_lock_owned().ok()?;
+        Some(Turn { done_to, covers: self.asked.load(Ordering::Acquire) })
+    }
 }
 
 #[cfg(test)]

@@ -231,6 +231,20 @@ impl Volume {
 
     /// Reads into `buf` at once if that needs nothing but the page cache; None otherwise.
     pub fn try_read_now(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), VolumeError>> {
+        self.read_resident(offset, buf, Image::read_cached_at)
+    }
+
+    /// Reads into `buf` on the calling thread, which waits for the disk. None where that would not be all.
+    pub fn read_here(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), VolumeError>> {
+        self.read_resident(offset, buf, |image, offset, buf| Some(image.read_at(offset, buf)))
+    }
+
+    fn read_resident(
+        &self,
+        offset: u64,
+        buf: &mut [u8],
+        read: impl FnOnce(&Image, u64, &mut [u8]) -> Option<Result<(), ImageError>>,
+    ) -> Option<Result<(), VolumeError>> {
         let len_bytes = buf.len() as u64;
         if self.check_sync().is_err() {
             return None;
@@ -238,7 +252,7 @@ impl Volume {
         if !self.is_complete() && !self.disk.bits().are_resident(self.disk.blocks_of(offset, len_bytes)) {
             return None;
         }
-        let done = self.disk.image.read_cached_at(offset, buf)?;
+        let done = read(&self.disk.image, offset, buf)?;
         self.stats.count_resident(len_bytes);
         Some(done.map_err(VolumeError::from))
     }
@@ -256,21 +270,34 @@ impl Volume {
         if !is_complete {
             self.fill_torn_edges(&range).await?;
         }
-        let disk = Arc::clone(&self.disk);
-        self.change(admitted, range, move || {
-            if is_complete {
-                return disk.image.write_at(offset, &data);
-            }
-            for block in disk.blocks_of(offset, data.len() as u64) {
-                let block = BlockIndex(block);
-                let within = disk.within(block, offset, data.len() as u64);
-                let from = (disk.geometry.offset_of(block) + u64::from(within.start) - offset) as usize;
-                disk.write(block, within.start, &data[from..from + within.len()])?;
-            }
-            Ok(())
-        })
-        .await?;
+        let (change, disk) = (self.change(admitted, range), Arc::clone(&self.disk));
+        self.on_change_lane(move || change.run(|| put(&disk, is_complete, offset, &data))).await?;
         if fua { self.flush().await } else { Ok(()) }
+    }
+
+    /// As [`Volume::write`], on the calling thread, which waits for the disk if that is slow. None, and nothing done, where
+    /// more than the disk has to be waited for: a block of which a part has to be fetched first, a flush of somebody
+    /// else's, a hand-over.
+    pub fn write_here(&self, offset: u64, data: &[u8], fua: bool) -> Option<Result<(), VolumeError>> {
+        let range = offset..offset + data.len() as u64;
+        if range.is_empty() || !self.is_guest_noted.load(Ordering::Acquire) {
+            return None;
+        }
+        let admitted = match self.admit() {
+            Ok(admitted) => admitted,
+            Err(error) => return Some(Err(error)),
+        };
+        let is_complete = self.is_complete();
+        if !is_complete && self.torn_edges(&range).next().is_some() {
+            return None;
+        }
+        let turn = if fua { Some(self.flushes.try_turn()?) } else { None };
+        self.guest_writes();
+        let done = self.change(admitted, range).try_run(|| put(&self.disk, is_complete, offset, data))?;
+        Some(match (done, turn) {
+            (Ok(()), Some(turn)) => self.sync_here(turn),
+            (done, _) => done,
+        })
     }
 
     /// Makes a range read as zeros. Whole blocks become present without being fetched.
@@ -291,15 +318,15 @@ impl Volume {
         if !is_complete {
             self.fill_torn_edges(&range).await?;
         }
-        let (disk, zeroed) = (Arc::clone(&self.disk), range.clone());
-        self.change(admitted, range, move || {
+        let (change, disk) = (self.change(admitted, range.clone()), Arc::clone(&self.disk));
+        let work = move || {
             if is_complete {
                 disk.image.write_zeroes(offset, len_bytes, may_punch)
             } else {
-                zero(&disk, &zeroed, may_punch)
+                zero(&disk, &range, may_punch)
             }
-        })
-        .await?;
+        };
+        self.on_change_lane(move || change.run(work)).await?;
         if fua { self.flush().await } else { Ok(()) }
     }
 
@@ -326,22 +353,50 @@ impl Volume {
         self.flushes.flush(async |turn| self.sync(turn).await).await
     }
 
+    /// As [`Volume::flush`], on the calling thread, which waits for the disk. None, and nothing done, where another flush is
+    /// under way.
+    pub fn flush_here(&self) -> Option<Result<(), VolumeError>> {
+        Some(self.sync_here(self.flushes.try_turn()?))
+    }
+
     /// Whether there is residency that is not durable yet.
     pub fn needs_checkpoint(&self) -> bool {
         !self.is_complete() && self.disk.residency().is_dirty()
     }
 
     async fn sync(&self, turn: gate::Turn) -> Result<(), VolumeError> {
+        let Some(work) = self.checkpoint(turn)? else { return Ok(()) };
+        // Not on the workers: a sync may take seconds, and as many volumes as there are workers would hold up every
+        // read.
+        self.runtime.spawn_blocking(work).await.unwrap_or_else(|ended| {
+            // If it panicked, what it took will never be written.
+            self.is_sync_broken.fetch_or(ended.is_panic(), Ordering::AcqRel);
+            Err(VolumeError::ShuttingDown)
+        })
+    }
+
+    fn sync_here(&self, turn: gate::Turn) -> Result<(), VolumeError> {
+        match self.checkpoint(turn)? {
+            Some(work) => work(),
+            None => Ok(()),
+        }
+    }
+
+    /// The work of a flush: data first, then the residency that protects it. None where there is none.
+    fn checkpoint(
+        &self,
+        turn: gate::Turn,
+    ) -> Result<Option<impl FnOnce() -> Result<(), VolumeError> + Send + use<>>, VolumeError> {
         if self.is_sync_broken.load(Ordering::Acquire) {
             return Err(VolumeError::SyncFailed { volume: self.name.clone() });
         }
         if !self.disk.image.is_writable() {
-            return Ok(());
+            return Ok(None);
         }
         let (disk, journal) = (Arc::clone(&self.disk), self.journal.clone());
         let (is_sync_broken, name) = (Arc::clone(&self.is_sync_broken), self.name.clone());
         let is_complete = self.is_complete();
-        let work = move || -> Result<(), VolumeError> {
+        Ok(Some(move || -> Result<(), VolumeError> {
             // What is set here is in the file already: a bit is set after its bytes.
             let chunks = if is_complete { Default::default() } else { disk.residency().take_dirty_chunks() };
             // One at a time: after a TRIM of everything they are many, and reads look at the masks meanwhile.
@@ -363,14 +418,7 @@ impl Volume {
             }
             turn.succeed();
             Ok(())
-        };
-        // Not on the workers: a sync may take seconds, and as many volumes as there are workers would hold up every
-        // read.
-        self.runtime.spawn_blocking(work).await.unwrap_or_else(|ended| {
-            // If it panicked, what it took will never be written.
-            self.is_sync_broken.fetch_or(ended.is_panic(), Ordering::AcqRel);
-            Err(VolumeError::ShuttingDown)
-        })
+        }))
     }
 
     /// After a failed sync the kernel may have dropped blocks that were fetched and not marked yet: read again from the disk they would
@@ -398,17 +446,21 @@ impl Volume {
 
     /// A write that begins or ends within a sector needs the rest of that sector: its block is fetched first.
     async fn fill_torn_edges(&self, range: &Range<u64>) -> Result<(), VolumeError> {
-        let blocks = self.disk.blocks_of(range.start, range.end - range.start);
-        let mut edges = vec![blocks.start, blocks.end - 1];
-        edges.dedup();
-        for block in edges {
-            let block = BlockIndex(block);
-            let within = self.disk.within(block, range.start, range.end - range.start);
-            if !self.disk.is_sector_aligned(block, &within) && !self.disk.bits().is_resident(block) {
-                relocation::make_resident(self, block).await?;
-            }
+        for block in self.torn_edges(range) {
+            relocation::make_resident(self, block).await?;
         }
         Ok(())
+    }
+
+    /// The absent blocks within one of whose sectors a range begins or ends.
+    fn torn_edges(&self, range: &Range<u64>) -> impl Iterator<Item = BlockIndex> {
+        let len_bytes = range.end - range.start;
+        let blocks = self.disk.blocks_of(range.start, len_bytes);
+        let (first, last, start) = (blocks.start, blocks.end - 1, range.start);
+        std::iter::once(first).chain((last != first).then_some(last)).map(BlockIndex).filter(move |block| {
+            let within = self.disk.within(*block, start, len_bytes);
+            !self.disk.is_sector_aligned(*block, &within) && !self.disk.bits().is_resident(*block)
+        })
     }
 
     async fn on_disk<T: Send + 'static>(
@@ -421,42 +473,93 @@ impl Volume {
         }
     }
 
-    /// Does what an admitted guest asked for. It counts as under way until all of this has ended: who fences relies on
-    /// what the observer was told.
-    async fn change(
+    async fn on_change_lane(
         &self,
-        admitted: gate::Admitted,
-        range: Range<u64>,
-        work: impl FnOnce() -> Result<(), ImageError> + Send + 'static,
+        work: impl FnOnce() -> Result<(), VolumeError> + Send + 'static,
     ) -> Result<(), VolumeError> {
-        let (name, journal) = (self.name.clone(), self.journal.clone());
-        let (observer, is_guest_noted) = (Arc::clone(&self.observer), Arc::clone(&self.is_guest_noted));
-        let (disk, is_complete) = (Arc::clone(&self.disk), self.is_complete());
-        let blocks = disk.blocks_of(range.start, range.end - range.start);
-        let observed = move || -> Result<(), VolumeError> {
-            let _admitted = admitted;
-            if !is_guest_noted.load(Ordering::Acquire) {
-                // Durable before the first write: whoever cancels after a crash must not take the volume for unwritten.
-                journal.note_guest()?;
-                is_guest_noted.store(true, Ordering::Release);
-            }
-            // Held throughout, so that a new observer knows when the writes that it was not told of have ended.
-            let observer = observer.read();
-            let work = || -> Result<(), VolumeError> {
-                work()?;
-                // What is acknowledged survives the end of this process, flushed or not, as it would on any disk.
-                if is_complete { Ok(()) } else { Ok(journal.note_live(&disk, blocks)?) }
-            };
-            let Some(observer) = &*observer else { return work() };
-            let failed = |why| VolumeError::Observer { volume: name.clone(), why };
-            observer.note_write(range.clone()).map_err(failed)?;
-            let done = work();
-            // Also where it failed: a part of it may be in the file.
-            observer.note_write(range).map_err(failed)?;
-            done
-        };
-        self.workers.run(Urgency::Change, observed).await.unwrap_or(Err(VolumeError::ShuttingDown))
+        self.workers.run(Urgency::Change, work).await.unwrap_or(Err(VolumeError::ShuttingDown))
     }
+
+    fn change(&self, admitted: gate::Admitted, range: Range<u64>) -> Change {
+        Change {
+            _admitted: admitted,
+            range,
+            volume: self.name.clone(),
+            // What is complete has nothing more to note.
+            residency: (!self.is_complete()).then(|| (Arc::clone(&self.disk), self.journal.clone())),
+            observer: Arc::clone(&self.observer),
+            is_guest_noted: Arc::clone(&self.is_guest_noted),
+        }
+    }
+}
+
+/// What goes along with a guest's change of the disk. The change counts as under way until all of this has ended: who
+/// fences relies on what the observer was told.
+struct Change {
+    _admitted: gate::Admitted,
+    range: Range<u64>,
+    volume: Name,
+    residency: Option<(Arc<Disk>, Journal)>,
+    observer: Arc<RwLock<Option<Arc<dyn WriteObserver>>>>,
+    is_guest_noted: Arc<AtomicBool>,
+}
+
+impl Change {
+    fn run(self, work: impl FnOnce() -> Result<(), ImageError>) -> Result<(), VolumeError> {
+        if !self.is_guest_noted.load(Ordering::Acquire)
+            && let Some((_, journal)) = &self.residency
+        {
+            // Durable before the first write: whoever cancels after a crash must not take the volume for unwritten.
+            journal.note_guest()?;
+            self.is_guest_noted.store(true, Ordering::Release);
+        }
+        // Held throughout, so that a new observer knows when the writes that it was not told of have ended.
+        self.observed(self.observer.read().as_deref(), work)
+    }
+
+    /// None, and nothing done, while the observer is being changed.
+    fn try_run(self, work: impl FnOnce() -> Result<(), ImageError>) -> Option<Result<(), VolumeError>> {
+        let observer = self.observer.try_read()?;
+        Some(self.observed(observer.as_deref(), work))
+    }
+
+    fn observed(
+        &self,
+        observer: Option<&dyn WriteObserver>,
+        work: impl FnOnce() -> Result<(), ImageError>,
+    ) -> Result<(), VolumeError> {
+        let work = || -> Result<(), VolumeError> {
+            work()?;
+            match &self.residency {
+                None => Ok(()),
+                // What is acknowledged survives the end of this process, flushed or not, as it would on any disk.
+                Some((disk, journal)) => {
+                    Ok(journal.note_live(disk, disk.blocks_of(self.range.start, self.range.end - self.range.start))?)
+                }
+            }
+        };
+        let Some(observer) = observer else { return work() };
+        let failed = |why| VolumeError::Observer { volume: self.volume.clone(), why };
+        observer.note_write(self.range.clone()).map_err(failed)?;
+        let done = work();
+        // Also where it failed: a part of it may be in the file.
+        observer.note_write(self.range.clone()).map_err(failed)?;
+        done
+    }
+}
+
+/// Writes `data`: through the residency as long as there is any.
+fn put(disk: &Disk, is_complete: bool, offset: u64, data: &[u8]) -> Result<(), ImageError> {
+    if is_complete {
+        return disk.image.write_at(offset, data);
+    }
+    for block in disk.blocks_of(offset, data.len() as u64) {
+        let block = BlockIndex(block);
+        let within = disk.within(block, offset, data.len() as u64);
+        let from = (disk.geometry.offset_of(block) + u64::from(within.start) - offset) as usize;
+        disk.write(block, within.start, &data[from..from + within.len()])?;
+    }
+    Ok(())
 }
 
 /// Zeros over blocks of which some are absent; edges are aligned to sectors or resident.

@@ -1,0 +1,266 @@
+//! A connection in transmission and the thread that drives it. Must not know the protocol, nor what an export is made of.
+//!
+//! The thread runs short requests itself, without handing them to others: that saves two wake-ups each, which is more than
+//! all the rest. The price would be that a write that hangs in the disk holds up the reads behind it. Therefore the state is
+//! not the thread's: while it runs such a request it holds on to nothing, and [`super::watch`] gives the connection to
+//! another thread when that takes long. The first thread then hands in its result and ends.
+//!
+//! Before it sleeps, a thread whose client asks one thing after the other looks for the next request for a moment, as
+//! QEMU's event loops do (`poll-max-ns`): waking up takes longer than serving a request.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+
+use super::Export;
+use super::server::Counted;
+use super::socket::{DetachedSocket, ReadNow, Socket, Twin};
+use super::transmission::{Transmission, Turn};
+use super::watch::Watch;
+
+/// How long a client has to take notice of the end of its connection.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// The longest time for which the next request is looked for before the thread sleeps.
+const SPIN_MAX: Duration = Duration::from_micros(50);
+
+/// A shorter search than this is not worth beginning.
+const SPIN_MIN: Duration = Duration::from_micros(8);
+
+/// How long requests are run elsewhere after one hung in the disk; twice as long each time that it soon does so again.
+const CAREFUL: Duration = Duration::from_millis(200);
+
+/// The longest such time.
+const CAREFUL_MAX: Duration = Duration::from_secs(30);
+
+/// See the module.
+pub(super) struct Connection {
+    state: Mutex<State>,
+    export: Arc<dyn Export>,
+    watch: Arc<Watch>,
+    /// Since when the driving thread has been running a request, in the watch's time; 0: it does not.
+    busy_since: AtomicU64,
+    _counted: Counted,
+}
+
+struct State {
+    transmission: Transmission,
+    /// Which thread drives it: the first is 0, each rescue adds one.
+    driver: u64,
+    /// Wakes that thread's task.
+    waker: Option<Waker>,
+    /// Its socket.
+    twin: Option<Twin>,
+    caution: Caution,
+}
+
+impl State {
+    fn wake_driver(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+}
+
+/// How a driver's work ended.
+enum Ended {
+    /// All is answered and the client gone.
+    Done,
+    /// Another thread drives the connection.
+    Relieved,
+}
+
+impl Connection {
+    /// A connection that has been negotiated.
+    pub(super) fn new(transmission: Transmission, watch: Arc<Watch>, counted: Counted) -> Arc<Connection> {
+        let export = Arc::clone(transmission.export());
+        let connection = Arc::new(Connection {
+            state: Mutex::new(State { transmission, driver: 0, waker: None, twin: None, caution: Caution::default() }),
+            export,
+            watch,
+            busy_since: AtomicU64::new(0),
+            _counted: counted,
+        });
+        connection.watch.add(&connection);
+        connection
+    }
+
+    /// Serves as the thread of this number until the client or `stop` ends it, then answers what is in flight and closes.
+    pub(super) async fn serve(self: Arc<Self>, driver: u64, mut socket: Socket, stop: CancellationToken) {
+        let mut spin = Spin::default();
+        {
+            let mut state = self.state.lock();
+            state.twin = socket.twin();
+            // Whoever cannot be relieved must not hang.
+            if state.twin.is_none() {
+                state.transmission.set_may_run_here(false);
+            }
+            if driver == 0 {
+                state.transmission.log_begin();
+            }
+        }
+        let ended = tokio::select! {
+            biased;
+            ended = std::future::poll_fn(|cx| self.poll(driver, &mut socket, &mut spin, cx)) => Some(ended),
+            () = stop.cancelled() => None,
+        };
+        let ended = match ended {
+            Some(ended) => ended,
+            None => {
+                self.state.lock().transmission.shut_down();
+                std::future::poll_fn(|cx| self.poll(driver, &mut socket, &mut spin, cx)).await
+            }
+        };
+        if matches!(ended, Ended::Relieved) {
+            return;
+        }
+        let close = self.state.lock().transmission.log_end();
+        if close {
+            socket.close(LINGER).await;
+        }
+    }
+
+    fn poll(&self, driver: u64, socket: &mut Socket, spin: &mut Spin, cx: &mut Context<'_>) -> Poll<Ended> {
+        spin.woken();
+        let mut state = self.state.lock();
+        loop {
+            if state.driver != driver {
+                return Poll::Ready(Ended::Relieved);
+            }
+            if state.waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker())) {
+                state.waker = Some(cx.waker().clone());
+            }
+            if !state.transmission.has_jobs_out() && state.caution.is_over() {
+                state.transmission.set_may_run_here(true);
+            }
+            match state.transmission.poll(socket, cx) {
+                Turn::Done => return Poll::Ready(Ended::Done),
+                Turn::Wait { is_idle } => {
+                    if is_idle {
+                        let (input, max_bytes) = state.transmission.input_buffer();
+                        if spin.look(|| socket.read_now(input, max_bytes)) {
+                            continue;
+                        }
+                    }
+                    return Poll::Pending;
+                }
+                Turn::Run(mut job) => {
+                    drop(state);
+                    self.busy_since.store(self.watch.now(), Ordering::SeqCst);
+                    self.watch.wake();
+                    let result = job.run(&*self.export);
+                    self.busy_since.store(0, Ordering::SeqCst);
+                    state = self.state.lock();
+                    state.transmission.job_done(job, result);
+                    if state.driver != driver {
+                        state.wake_driver();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Since when the driving thread has been running a request, in the watch's time; 0: it does not.
+    pub(super) fn busy_since(&self) -> u64 {
+        self.busy_since.load(Ordering::SeqCst)
+    }
+
+    /// Gives the connection to a new thread, which `start` begins with the number and the socket it is given, if its thread
+    /// still runs the request that it began at `busy_since`.
+    pub(super) fn relieve(
+        &self,
+        busy_since: u64,
+        start: impl FnOnce(u64, DetachedSocket) -> std::io::Result<()>,
+    ) -> std::io::Result<bool> {
+        // The thread takes this lock before it goes on: as long as it is held here, it stays where it is.
+        let mut state = self.state.lock();
+        let Some(twin) = state.twin.filter(|_| self.busy_since() == busy_since) else { return Ok(false) };
+        // SAFETY: the socket belongs to the thread that stays where it is.
+        let twin = unsafe { twin.open() }?;
+        start(state.driver + 1, twin)?;
+        state.driver += 1;
+        state.waker = None;
+        // Its thread may close it from now on.
+        state.twin = None;
+        state.transmission.set_may_run_here(false);
+        state.caution.begin(Instant::now());
+        // Nobody runs a request now as far as the watch is concerned.
+        self.busy_since.store(0, Ordering::SeqCst);
+        Ok(true)
+    }
+}
+
+/// When requests may be run on the connection's thread again.
+#[derive(Default)]
+struct Caution {
+    until: Option<Instant>,
+    last: Option<(Instant, Duration)>,
+}
+
+impl Caution {
+    fn begin(&mut self, now: Instant) {
+        let duration = match self.last {
+            Some((end, last)) if now < end + 4 * last => (2 * last).min(CAREFUL_MAX),
+            _ => CAREFUL,
+        };
+        self.until = Some(now + duration);
+        self.last = Some((now + duration, duration));
+    }
+
+    /// True once, when it ends.
+    fn is_over(&mut self) -> bool {
+        match self.until {
+            Some(until) if Instant::now() >= until => {
+                self.until = None;
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// How long to look for the next request before the thread sleeps.
+#[derive(Default)]
+struct Spin {
+    window: Duration,
+    idle_since: Option<Instant>,
+}
+
+impl Spin {
+    /// The thread is up again: learns how long the client took.
+    fn woken(&mut self) {
+        let Some(since) = self.idle_since.take() else { return };
+        let gap = since.elapsed();
+        self.window = if gap < SPIN_MAX { (2 * gap).clamp(2 * SPIN_MIN, SPIN_MAX) } else { Duration::ZERO };
+    }
+
+    /// Looks for input; whether there was some.
+    fn look(&mut self, mut read: impl FnMut() -> ReadNow) -> bool {
+        let begun = Instant::now();
+        if !self.window.is_zero() {
+            loop {
+                match read() {
+                    ReadNow::Some => return true,
+                    ReadNow::None => {}
+                    // The reactor will tell.
+                    ReadNow::Ended => break,
+                }
+                if begun.elapsed() >= self.window {
+                    self.window /= 2;
+                    if self.window < SPIN_MIN {
+                        self.window = Duration::ZERO;
+                    }
+                    break;
+                }
+                // The client may want this very CPU.
+                std::thread::yield_now();
+            }
+        }
+        self.idle_since = Some(begun);
+        false
+    }
+}
