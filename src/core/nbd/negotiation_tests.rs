@@ -3,6 +3,8 @@
 use bytes::{BufMut, BytesMut};
 use proptest::prelude::*;
 
+mod tls;
+
 use super::wire::{IHAVEOPT, OPTION_REPLY_MAGIC, info, opt, rep, transmission};
 use super::*;
 
@@ -38,7 +40,12 @@ struct Outcome {
 
 /// Plays `input` in pieces of the given lengths, in turn.
 fn play(input: &[u8], pieces: &[usize]) -> Outcome {
-    let (mut machine, mut buffer, mut output) = (Negotiation::new(), BytesMut::new(), BytesMut::new());
+    play_to(&mut Negotiation::new(), input, pieces)
+}
+
+/// The same, to this machine.
+fn play_to(machine: &mut Negotiation, input: &[u8], pieces: &[usize]) -> Outcome {
+    let (mut buffer, mut output) = (BytesMut::new(), BytesMut::new());
     let (mut at, mut turn) = (0, 0);
     loop {
         match machine.step(&mut buffer, &mut output) {
