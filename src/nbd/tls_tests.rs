@@ -370,23 +370,32 @@ async fn who_does_not_finish_the_tls_handshake_is_let_go() {
     within(async {
         let pki = Pki::new();
         let disk = MemoryDisk::patterned(MIB);
-        let limits = NbdLimits { handshake_timeout: Duration::from_millis(300), ..NbdLimits::default() };
-        let served = serve_tls(&pki, NbdTls::Required(pki.credentials(false)), &disk, limits).await;
+        let tls = NbdTls::Required(pki.credentials(false));
+        let limits = NbdLimits { handshake_timeout: Duration::from_secs(3), ..NbdLimits::default() };
+        let served = serve_tls(&pki, tls.clone(), &disk, limits).await;
         // Garbage; silence; a hello that stops half-way; a header that announces more than there may be.
-        for said in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[], &[0x16, 3, 1, 1, 0, 1, 0, 0, 252], &[0x16, 3, 1, 0xff, 0xff]]
-        {
-            let mut stream = served.greeted_by_tcp().await;
-            starttls(&mut stream).await;
-            stream.write_all(said).await.expect("sends");
-            expect_closed(&mut stream).await;
-        }
+        let said = [&b"GET / HTTP/1.1\r\n\r\n"[..], &[], &[0x16, 3, 1, 1, 0, 1, 0, 0, 252], &[0x16, 3, 1, 0xff, 0xff]];
+        let talkers = said.map(|said| {
+            let served = &served;
+            async move {
+                let mut stream = served.greeted_by_tcp().await;
+                starttls(&mut stream).await;
+                stream.write_all(said).await.expect("sends");
+                expect_closed(&mut stream).await;
+            }
+        });
+        // And who comes to TLS, and then says no more.
+        let silent = async {
+            let stream = tunnel(served.greeted_by_tcp().await, &pki.plain_connector()).await;
+            expect_closed(&mut stream.expect("a handshake")).await;
+        };
+        futures::join!(futures::future::join_all(talkers), silent);
         // Who vanishes is no trouble either.
         let mut stream = served.greeted_by_tcp().await;
         starttls(&mut stream).await;
         drop(stream);
-        // Nor who comes to TLS, and then says no more.
-        let stream = tunnel(served.greeted_by_tcp().await, &pki.plain_connector()).await;
-        expect_closed(&mut stream.expect("a handshake")).await;
+        assert!(served.server.shutdown().await);
+        let served = serve_tls(&pki, tls, &disk, NbdLimits::default()).await;
         let mut good = client(&served, &pki.plain_connector(), ReplyStyle::Simple).await;
         assert!(good.read(0, 512).await == pattern(0, 512));
     })
