@@ -540,15 +540,18 @@ impl Negotiation {
         if self.style != ReplyStyle::Simple {
             flags |= transmission::SEND_DF;
         }
-        if self.style == ReplyStyle::Extended {
-            flags |= transmission::BLOCK_STATUS_PAYLOAD;
-        }
         // "A client MUST NOT send NBD_CMD_BLOCK_STATUS unless [...] the final time it was sent, it referred to the same
         // export name that was ultimately selected for transmission phase".
         let contexts = match &self.selected {
             Some((name, contexts)) if *name == facts.name => contexts.clone(),
             _ => Vec::new(),
         };
+        // "Servers MUST NOT advertise this bit unless the client successfully negotiates extended headers via
+        // NBD_OPT_EXTENDED_HEADERS, and SHOULD NOT advertise this bit in response to NBD_OPT_EXPORT_NAME or NBD_OPT_GO if
+        // the client does not negotiate metacontexts with NBD_OPT_SET_META_CONTEXT".
+        if self.style == ReplyStyle::Extended && !contexts.is_empty() {
+            flags |= transmission::BLOCK_STATUS_PAYLOAD;
+        }
         Session { style: self.style, flags, size_bytes: facts.size_bytes, contexts }
     }
 }

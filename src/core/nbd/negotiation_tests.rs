@@ -245,6 +245,7 @@ fn extended_headers_take_precedence() {
         option(opt::STRUCTURED_REPLY, &[]),
         option(opt::EXTENDED_HEADERS, &[]),
         option(opt::STRUCTURED_REPLY, &[]),
+        option(opt::SET_META_CONTEXT, &meta_data("ro", &["base:allocation"])),
         option(opt::GO, &info_data("ro", &[])),
     ]);
     let session = entered(&outcome);
@@ -253,6 +254,9 @@ fn extended_headers_take_precedence() {
         assert_ne!(session.flags & flag, 0);
     }
     assert_eq!(kinds(&outcome.output)[..3], [rep::ACK, rep::ACK, rep::ERR_EXT_HEADER_REQD]);
+    let outcome = talk(&[option(opt::EXTENDED_HEADERS, &[]), option(opt::GO, &info_data("a", &[]))]);
+    let flags = entered(&outcome).flags;
+    assert_eq!(flags & transmission::BLOCK_STATUS_PAYLOAD, 0, "there is no context to choose from");
     let outcome = talk(&[option(opt::EXTENDED_HEADERS, &[]), option(opt::EXPORT_NAME, b"a")]);
     assert!(matches!(outcome.end, Some(Step::Close(CloseReason::Violation(_)))));
 }
