@@ -25,9 +25,10 @@ use self::entries::{Entries, Section, Taken};
 pub use self::error::ConfigError;
 use self::error::Place;
 pub use self::keys::{CLI_VARIABLES, KEYS, Key};
-use self::values::{BlockSizeText, Parsed};
+use self::values::{BlockSizeText, ListenText, Parsed};
 pub use self::values::{
-    Compression, Grant, HostPort, LogLevel, MAX_SOCKET_PATH_BYTES, NbdListen, Share, ValueError, check_socket_path,
+    Compression, Grant, HostPort, LogLevel, MAX_SOCKET_PATH_BYTES, NbdListen, Share, TlsMode, ValueError,
+    check_socket_path,
 };
 
 /// The commented example, which is also what `blockferry init` starts from.
@@ -100,7 +101,29 @@ pub struct PeerConfig {
 #[derive(Clone, Debug)]
 pub struct NbdConfig {
     /// All of them are listened on; empty: no NBD server.
-    pub listen: Vec<NbdListen>,
+    pub listen: Vec<NbdListener>,
+    /// There where a listener has TLS.
+    pub tls: Option<NbdTlsConfig>,
+}
+
+/// A place where the NBD server listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdListener {
+    /// Where.
+    pub at: NbdListen,
+    /// Whether clients may or have to use TLS.
+    pub tls: TlsMode,
+}
+
+/// The files that TLS needs, all PEM; they have not been opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdTlsConfig {
+    /// The server's certificate and those that lead to its CA.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// Who has to have signed the certificates of clients; `None`: clients need none.
+    pub client_ca: Option<PathBuf>,
 }
 
 /// The content store.
@@ -192,7 +215,7 @@ impl Config {
             idle_timeout: idle_timeout(section.or("idle_timeout", Span(Duration::from_secs(15)))?)?,
         };
         let peers = peers(entries.peers(), &site.name)?;
-        let nbd = NbdConfig { listen: nbd_listen(entries.section("nbd"), &base, &site)? };
+        let nbd = nbd(entries.section("nbd"), &base, &site)?;
         let mut section = entries.section("store");
         let store = StoreConfig {
             capacity: capacity(section.or("capacity", ByteSize(64 << 30))?)?,
@@ -264,20 +287,55 @@ fn capacity(taken: Taken<ByteSize>) -> Result<ByteSize, ConfigError> {
     Err(taken.error(what, "take more: the store is what saves the transfer"))
 }
 
-fn nbd_listen(mut section: Section, base: &Base<'_>, site: &SiteConfig) -> Result<Vec<NbdListen>, ConfigError> {
-    let taken = match section.optional::<Vec<Parsed<NbdListen>>>("listen")? {
-        Some(taken) => taken.map(|all| all.into_iter().map(|Parsed(listen)| base.listen(listen)).collect()),
-        None => section.default("listen", vec![NbdListen::Unix(site.state_dir.join("nbd.sock"))]),
+fn nbd(mut section: Section, base: &Base<'_>, site: &SiteConfig) -> Result<NbdConfig, ConfigError> {
+    let mode = section.optional::<Parsed<TlsMode>>("tls")?;
+    let for_all = mode.as_ref().map_or(TlsMode::Off, |mode| mode.value.0);
+    let listener = |Parsed(ListenText { at, tls })| NbdListener { at: base.listen(at), tls: tls.unwrap_or(for_all) };
+    let taken = match section.optional::<Vec<Parsed<ListenText>>>("listen")? {
+        Some(taken) => taken.map(|all| all.into_iter().map(listener).collect()),
+        None => {
+            let at = NbdListen::Unix(site.state_dir.join("nbd.sock"));
+            section.default("listen", vec![NbdListener { at, tls: for_all }])
+        }
     };
-    for (at, listen) in taken.value.iter().enumerate() {
-        if let NbdListen::Unix(path) = listen {
+    for (nth, NbdListener { at, .. }) in taken.value.iter().enumerate() {
+        if let NbdListen::Unix(path) = at {
             check_socket_path(path).map_err(|error| taken.error(error.to_string(), ""))?;
         }
-        if taken.value[..at].contains(listen) {
-            return Err(taken.error(format!("{listen} is listed twice"), "remove one"));
+        if taken.value[..nth].iter().any(|other| other.at == *at) {
+            return Err(taken.error(format!("{at} is listed twice"), "remove one"));
         }
     }
-    Ok(taken.value)
+    let mut file = |key| section.optional::<PathBuf>(key)?.map(|path| base.path(path)).transpose();
+    let files = [file("tls_certificate")?, file("tls_key")?, file("tls_client_ca")?];
+    if taken.value.iter().any(|listener| listener.tls != TlsMode::Off) {
+        let [certificate, key, client_ca] = files;
+        let missing = |key: &str, what: &str| match &mode {
+            Some(mode) if mode.value.0 != TlsMode::Off => mode.error(format!("{key} is missing"), what),
+            _ => taken.error(format!("{key} is missing"), what),
+        };
+        let certificate = certificate.ok_or_else(|| {
+            missing(
+                "tls_certificate",
+                "TLS needs one: tls_certificate = \"cert.pem\" (docs/nbd.md shows how to make it)",
+            )
+        })?;
+        let key =
+            key.ok_or_else(|| missing("tls_key", "TLS needs the certificate's private key: tls_key = \"key.pem\""))?;
+        let client_ca = client_ca.map(|path| path.value);
+        let tls = NbdTlsConfig { certificate: certificate.value, key: key.value, client_ca };
+        return Ok(NbdConfig { listen: taken.value, tls: Some(tls) });
+    }
+    // Whoever names a certificate and says nothing more believes to be using it.
+    if mode.is_none()
+        && !taken.value.is_empty()
+        && let Some(named) = files.into_iter().flatten().next()
+    {
+        return Err(
+            named.error("no listener uses TLS", "write tls = \"required\" below [nbd], or tls = \"off\" to say so")
+        );
+    }
+    Ok(NbdConfig { listen: taken.value, tls: None })
 }
 
 fn peers(sections: Vec<Section>, site: &Name) -> Result<Vec<PeerConfig>, ConfigError> {

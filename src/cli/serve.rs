@@ -13,7 +13,8 @@ pub(super) fn serve(args: &ServeArgs, console: &mut Console<'_>) -> Result<(), C
     let path = daemon::config_path(args.config.as_deref(), args.state.as_deref(), console);
     let config = Config::load(&path, console.environment())?;
     log_to_stderr(&filter_for(config.log.level), console)?;
-    crate::node::run(config).map_err(|error| CliError::Failed(format!("{error:#}")))
+    let listeners = crate::node::nbd_listeners(&config.nbd).map_err(|error| CliError::Usage(error.to_string()))?;
+    crate::node::run(config, listeners).map_err(|error| CliError::Failed(format!("{error:#}")))
 }
 
 /// Verbs that only ask say nothing of themselves, unless `RUST_LOG` wants it.

@@ -25,7 +25,11 @@ fn a_name_and_a_directory_are_enough() {
     assert_eq!(config.peer.listen.port(), 7440);
     assert_eq!(config.peer.idle_timeout, Duration::from_secs(15));
     assert!(config.peers.is_empty());
-    assert_eq!(config.nbd.listen, [NbdListen::Unix("/var/lib/a/nbd.sock".into())]);
+    assert_eq!(
+        config.nbd.listen,
+        [NbdListener { at: NbdListen::Unix("/var/lib/a/nbd.sock".into()), tls: TlsMode::Off }]
+    );
+    assert_eq!(config.nbd.tls, None);
     assert_eq!(config.store.capacity, ByteSize(64 << 30));
     assert_eq!(config.store.block_size, BlockSize::DEFAULT);
     assert_eq!(config.store.compression, Compression::Auto);
@@ -54,8 +58,26 @@ fn paths_are_relative_to_the_file() {
                 [control]\nsocket = \"./c.sock\"\n";
     let config = parse(text, &[]).expect("relative paths");
     assert_eq!(config.site.state_dir, Path::new("/etc/ferry/state"));
-    assert_eq!(config.nbd.listen[0].to_string(), "unix:/etc/ferry/run/nbd.sock");
+    assert_eq!(config.nbd.listen[0].at.to_string(), "unix:/etc/ferry/run/nbd.sock");
     assert_eq!(config.control.socket, Path::new("/etc/ferry/c.sock"));
+}
+
+#[test]
+fn tls_is_chosen_for_all_listeners_or_for_each() {
+    let text = "[nbd]\nlisten = [\"unix:n.sock\", \"0.0.0.0:10809 tls=required\"]\n\
+                tls_certificate = \"c.pem\"\ntls_key = \"k.pem\"\n";
+    let nbd = parse(&minimal_with(text), &[]).expect("one with TLS").nbd;
+    assert_eq!(nbd.listen.iter().map(|listener| listener.tls).collect::<Vec<_>>(), [TlsMode::Off, TlsMode::Required]);
+    let (certificate, key) = ("/etc/ferry/c.pem".into(), "/etc/ferry/k.pem".into());
+    assert_eq!(nbd.tls, Some(NbdTlsConfig { certificate, key, client_ca: None }));
+
+    let text = text.replace("tls=required", "tls=off") + "tls = \"optional\"";
+    let nbd = parse(&minimal_with(&text), &[]).expect("the other with TLS").nbd;
+    assert_eq!(nbd.listen.iter().map(|listener| listener.tls).collect::<Vec<_>>(), [TlsMode::Optional, TlsMode::Off]);
+
+    // Files may stay where they are while TLS is off, if that is said.
+    let text = "[nbd]\ntls = \"off\"\ntls_certificate = \"c.pem\"\ntls_key = \"k.pem\"\n";
+    assert_eq!(parse(&minimal_with(text), &[]).expect("off").nbd.tls, None);
 }
 
 #[test]
@@ -109,6 +131,18 @@ fn mistakes_are_named_with_their_line() {
         ("[nbd]\nlisten = \"unix:/x\"", 5, "expected a sequence"),
         ("[nbd]\nlisten = [\"unix:/x\", \"/x\"]", 5, "unix:/x is listed twice"),
         ("[nbd]\nlisten = [\"nbd.sock\"]", 5, "write unix:PATH or HOST:PORT"),
+        (
+            "[nbd]\ntls = \"on\"",
+            5,
+            "[nbd] tls: \"on\" is no way to use TLS: write tls=off, tls=optional or tls=required",
+        ),
+        ("[nbd]\nlisten = [\"unix:/x tls=yes\"]", 5, "\"yes\" is no way to use TLS"),
+        ("[nbd]\nlisten = [\"unix:/x\", \"/x tls=off\"]", 5, "unix:/x is listed twice"),
+        ("[nbd]\ntls = \"optional\"", 5, "[nbd] tls: tls_certificate is missing; TLS needs one"),
+        ("[nbd]\nlisten = [\"/x tls=required\"]", 5, "[nbd] listen: tls_certificate is missing"),
+        ("[nbd]\ntls = \"required\"\ntls_certificate = \"c\"", 5, "[nbd] tls: tls_key is missing"),
+        ("[nbd]\ntls_key = \"k\"", 5, "[nbd] tls_key: no listener uses TLS; write tls = \"required\""),
+        ("[nbd]\ntls_client_ca = \"\"", 5, "[nbd] tls_client_ca: the path is empty"),
         ("[control]\nsocket = \"\"", 5, "[control] socket: the path is empty"),
         (&long_socket, 5, "longer than the 107 bytes"),
         ("[control]\nhttp = \"127.0.0.1:80\"", 5, "[control] has no key \"http\""),
@@ -180,7 +214,11 @@ fn the_environment_overrides_every_key() {
         ("BLOCKFERRY_PEERS_SITE_B_ADDRESS", "b:1"),
         ("BLOCKFERRY_PEERS_SITE_B_FINGERPRINT", &other),
         ("BLOCKFERRY_PEERS_SITE_B_VOLUMES", "x, y"),
-        ("BLOCKFERRY_NBD_LISTEN", "127.0.0.1:0,unix:n.sock"),
+        ("BLOCKFERRY_NBD_LISTEN", "127.0.0.1:0,unix:n.sock tls=off"),
+        ("BLOCKFERRY_NBD_TLS", "required"),
+        ("BLOCKFERRY_NBD_TLS_CERTIFICATE", "cert.pem"),
+        ("BLOCKFERRY_NBD_TLS_KEY", "/key.pem"),
+        ("BLOCKFERRY_NBD_TLS_CLIENT_CA", "ca.pem"),
         ("BLOCKFERRY_STORE_CAPACITY", "2TiB"),
         ("BLOCKFERRY_STORE_BLOCK_SIZE", "16KiB"),
         ("BLOCKFERRY_STORE_COMPRESSION", "7"),
@@ -198,7 +236,13 @@ fn the_environment_overrides_every_key() {
     assert_eq!(config.peers[0].address.as_ref().map(ToString::to_string).as_deref(), Some("b:1"));
     assert_eq!(config.peers[0].fingerprint.to_string(), other);
     assert!(config.peers[0].volumes.includes(&"y".parse().expect("a name")));
-    assert_eq!(config.nbd.listen.len(), 2);
+    assert_eq!(
+        config.nbd.listen.iter().map(|listener| listener.tls).collect::<Vec<_>>(),
+        [TlsMode::Required, TlsMode::Off]
+    );
+    let tls = config.nbd.tls.expect("TLS");
+    assert_eq!((tls.certificate, tls.key), ("/etc/ferry/cert.pem".into(), "/key.pem".into()));
+    assert_eq!(tls.client_ca, Some("/etc/ferry/ca.pem".into()));
     assert_eq!(config.store.capacity, ByteSize(2 << 40));
     assert_eq!(config.store.block_size, BlockSize::MIN);
     assert_eq!(config.store.compression, Compression::Level(7));

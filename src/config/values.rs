@@ -29,6 +29,25 @@ pub enum NbdListen {
     Tcp(HostPort),
 }
 
+/// Whether NBD clients may or have to use TLS. Text: `off`, `optional`, `required`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TlsMode {
+    /// There is none.
+    Off,
+    /// They may.
+    Optional,
+    /// They have to.
+    Required,
+}
+
+/// An entry of `[nbd] listen`: a place, and ` tls=MODE` behind it where it differs from `[nbd] tls`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ListenText {
+    pub at: NbdListen,
+    pub tls: Option<TlsMode>,
+}
+
 /// How store and wire compress with zstd. Text: `auto`, or a number from 1 to 19.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compression {
@@ -78,6 +97,9 @@ pub enum ValueError {
     /// Neither a socket's path nor an address.
     #[error("{0:?} is no place to listen on: write unix:PATH or HOST:PORT")]
     NotAListen(String),
+    /// `tls=` and something else.
+    #[error("{0:?} is no way to use TLS: write tls=off, tls=optional or tls=required")]
+    NotATlsMode(String),
     /// Longer than the kernel allows.
     #[error("the socket path {0} is longer than the {MAX_SOCKET_PATH_BYTES} bytes that the system allows: shorten it")]
     SocketPathTooLong(PathBuf),
@@ -161,6 +183,28 @@ impl FromStr for NbdListen {
                 Ok(address) => Ok(NbdListen::Tcp(address)),
                 Err(_) => Err(ValueError::NotAListen(text.chars().take(160).collect())),
             },
+        }
+    }
+}
+
+impl FromStr for TlsMode {
+    type Err = ValueError;
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match text {
+            "off" => Ok(TlsMode::Off),
+            "optional" => Ok(TlsMode::Optional),
+            "required" => Ok(TlsMode::Required),
+            _ => Err(ValueError::NotATlsMode(text.chars().take(160).collect())),
+        }
+    }
+}
+
+impl FromStr for ListenText {
+    type Err = ValueError;
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        match text.rsplit_once(" tls=") {
+            Some((at, tls)) => Ok(ListenText { at: at.trim_end().parse()?, tls: Some(tls.trim_end().parse()?) }),
+            None => Ok(ListenText { at: text.parse()?, tls: None }),
         }
     }
 }
@@ -338,6 +382,23 @@ mod tests {
         assert!(matches!("[::1]:10809".parse(), Ok(NbdListen::Tcp(_))));
         for text in ["", "unix:", "nbd.sock", "localhost"] {
             assert!(text.parse::<NbdListen>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn places_to_listen_on_say_what_about_tls() {
+        for (text, at, tls) in [
+            ("unix:/n.sock", "unix:/n.sock", None),
+            ("unix:/n.sock tls=off", "unix:/n.sock", Some(TlsMode::Off)),
+            ("[::]:10809  tls=required", "[::]:10809", Some(TlsMode::Required)),
+            ("unix:/with blanks/tls=x tls=optional", "unix:/with blanks/tls=x", Some(TlsMode::Optional)),
+        ] {
+            let at = at.parse().expect(at);
+            assert_eq!(text.parse(), Ok(ListenText { at, tls }), "{text}");
+        }
+        for text in ["unix:/n.sock tls=on", "unix:/n.sock tls=", " tls=off", "127.0.0.1:1 tls", "127.0.0.1:1 tls=off x"]
+        {
+            assert!(text.parse::<ListenText>().is_err(), "{text}");
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::BytesMut;
 
 use super::socket::Socket;
-use super::{Export, Exports, OpenError};
+use super::{Export, Exports, NbdTls, OpenError};
 use crate::core::nbd::{CloseReason, ExportFacts, Negotiation, Refusal, Session, Step};
 
 /// Input that is read at once.
@@ -23,10 +23,14 @@ pub(super) enum Shaken {
     Close(CloseReason),
 }
 
-/// Speaks the handshake to its end. The caller sets the deadline.
-pub(super) async fn shake_hands(socket: &mut Socket, exports: &dyn Exports) -> io::Result<Shaken> {
+/// Speaks the handshake to its end, TLS included. The caller sets the deadline.
+pub(super) async fn shake_hands(
+    mut socket: Socket,
+    exports: &dyn Exports,
+    tls: &NbdTls,
+) -> io::Result<(Socket, Shaken)> {
     socket.write_all(&Negotiation::greeting()).await?;
-    let mut machine = Negotiation::new();
+    let mut machine = Negotiation::with_tls(tls.policy());
     let mut input = BytesMut::with_capacity(INPUT_BYTES);
     let mut output = BytesMut::new();
     let mut opened = None;
@@ -58,9 +62,18 @@ pub(super) async fn shake_hands(socket: &mut Socket, exports: &dyn Exports) -> i
                 let Some((name, export)) = opened.take() else {
                     return Err(io::Error::other("a handshake ended without an export"));
                 };
-                return Ok(Shaken::Enter { session, name, export, input });
+                return Ok((socket, Shaken::Enter { session, name, export, input }));
             }
-            Step::Close(reason) => return Ok(Shaken::Close(reason)),
+            Step::StartTls => {
+                let Some(config) = tls.config() else {
+                    return Err(io::Error::other("a handshake came to TLS where there is none"));
+                };
+                let peer = socket.peer();
+                socket = socket.start_tls(config).await.inspect_err(|error| {
+                    tracing::info!(%peer, %error, "an nbd client failed the tls handshake");
+                })?;
+            }
+            Step::Close(reason) => return Ok((socket, Shaken::Close(reason))),
         }
     }
 }

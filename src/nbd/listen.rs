@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::net::{TcpListener, UnixListener};
 
+use super::NbdTls;
 use super::socket::Socket;
 
 /// Where to listen.
@@ -17,6 +18,15 @@ pub enum NbdListen {
     Unix(PathBuf),
     /// `host:port`; port 0 takes any free one.
     Tcp(String),
+}
+
+/// Where to listen, and what about TLS.
+#[derive(Clone, Debug)]
+pub struct NbdListener {
+    /// Where.
+    pub at: NbdListen,
+    /// Whether clients may or have to use TLS.
+    pub tls: NbdTls,
 }
 
 /// Where a server listens.
@@ -31,9 +41,17 @@ pub enum NbdAddr {
 impl fmt::Display for NbdAddr {
     /// As the part of an NBD URI before the export's name.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.uri(&NbdTls::Off))
+    }
+}
+
+impl NbdAddr {
+    /// As the part of an NBD URI before the export's name; `nbds`, which insists on TLS, where the listener does.
+    pub(super) fn uri(&self, tls: &NbdTls) -> String {
+        let scheme = if matches!(tls, NbdTls::Required(_)) { "nbds" } else { "nbd" };
         match self {
-            NbdAddr::Unix(path) => write!(f, "nbd+unix:///?socket={}", path.display()),
-            NbdAddr::Tcp(addr) => write!(f, "nbd://{addr}/"),
+            NbdAddr::Unix(path) => format!("{scheme}+unix:///?socket={}", path.display()),
+            NbdAddr::Tcp(addr) => format!("{scheme}://{addr}/"),
         }
     }
 }

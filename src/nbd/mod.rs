@@ -10,12 +10,14 @@
 
 mod budget;
 mod connection;
+mod credentials;
 mod execute;
 mod handshake;
 mod listen;
 mod output;
 mod server;
 mod socket;
+mod tls;
 mod transmission;
 mod watch;
 
@@ -23,6 +25,8 @@ mod watch;
 mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tls_tests;
 
 use std::sync::Arc;
 
@@ -30,7 +34,8 @@ use bytes::Bytes;
 pub use futures::future::BoxFuture;
 
 pub use crate::core::nbd::{ContextIndex, Extent, NbdErrno, ZeroFlags};
-pub use listen::{ListenError, NbdAddr, NbdListen};
+pub use credentials::{NbdCredentials, NbdCredentialsError, NbdTls, NbdTlsFiles};
+pub use listen::{ListenError, NbdAddr, NbdListen, NbdListener};
 pub use server::{NbdLimits, NbdServer};
 
 /// A disk as NBD clients see it. Every range that a method is given lies within [`Export::size_bytes`] and is not

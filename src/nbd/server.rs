@@ -10,14 +10,14 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::Exports;
 use super::budget::Budget;
 use super::connection::Connection;
 use super::handshake::{Shaken, shake_hands};
-use super::listen::{ListenError, Listener, NbdAddr, NbdListen};
+use super::listen::{ListenError, Listener, NbdAddr, NbdListen, NbdListener};
 use super::socket::{DetachedSocket, Socket};
 use super::transmission::Transmission;
 use super::watch::{OnWatch, Watch};
+use super::{Exports, NbdTls};
 
 /// What clients may make a server hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +58,7 @@ impl Default for NbdLimits {
 pub struct NbdServer {
     shared: Arc<Shared>,
     addrs: Vec<NbdAddr>,
+    uris: Vec<String>,
 }
 
 struct Shared {
@@ -78,10 +79,21 @@ struct Shared {
 }
 
 impl NbdServer {
-    /// Listens on all of `listeners` or on none, and serves `exports` from then on, on the runtime that this is called
-    /// in (handshakes) and on a thread for each client in transmission.
+    /// As [`NbdServer::listen_with`], without TLS.
     pub async fn listen(
         listeners: &[NbdListen],
+        exports: Arc<dyn Exports>,
+        limits: NbdLimits,
+    ) -> Result<NbdServer, ListenError> {
+        let plain = |at: &NbdListen| NbdListener { at: at.clone(), tls: NbdTls::Off };
+        let listeners: Vec<NbdListener> = listeners.iter().map(plain).collect();
+        NbdServer::listen_with(&listeners, exports, limits).await
+    }
+
+    /// Listens on all of `listeners` or on none, and serves `exports` from then on, on the runtime that this is called
+    /// in (handshakes) and on a thread for each client in transmission.
+    pub async fn listen_with(
+        listeners: &[NbdListener],
         exports: Arc<dyn Exports>,
         limits: NbdLimits,
     ) -> Result<NbdServer, ListenError> {
@@ -89,8 +101,8 @@ impl NbdServer {
             return Err(ListenError::NoAddress);
         }
         let mut open = Vec::with_capacity(listeners.len());
-        for listen in listeners {
-            open.push(Listener::open(listen).await?);
+        for NbdListener { at, tls } in listeners {
+            open.push((Listener::open(at).await?, tls.clone()));
         }
         let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
         let relieve = {
@@ -109,16 +121,31 @@ impl NbdServer {
             next_handshake: AtomicU64::new(0),
             connections: AtomicUsize::new(0),
         });
-        let addrs = open.iter().map(Listener::addr).collect();
-        for listener in open {
-            shared.tasks.spawn(accept(Arc::clone(&shared), listener));
+        let addrs: Vec<NbdAddr> = open.iter().map(|(listener, _)| listener.addr()).collect();
+        let uris = addrs.iter().zip(listeners).map(|(addr, listener)| addr.uri(&listener.tls)).collect();
+        for (listener, tls) in open {
+            if let (NbdAddr::Tcp(addr), NbdTls::Off) = (listener.addr(), &tls)
+                && !addr.ip().is_loopback()
+            {
+                tracing::warn!(
+                    %addr,
+                    "nbd is served without tls: whoever reaches this address can read and write every volume, and \
+                     whoever is on the way can listen; set [nbd] tls = \"required\", or keep to the loopback"
+                );
+            }
+            shared.tasks.spawn(accept(Arc::clone(&shared), listener, tls));
         }
-        Ok(NbdServer { shared, addrs })
+        Ok(NbdServer { shared, addrs, uris })
     }
 
     /// Where it listens, in the order in which the listeners were given.
     pub fn local_addrs(&self) -> &[NbdAddr] {
         &self.addrs
+    }
+
+    /// The same as NBD URIs, up to the export's name; `nbds` where nothing is served without TLS.
+    pub fn uris(&self) -> &[String] {
+        &self.uris
     }
 
     /// How many clients are in transmission.
@@ -148,7 +175,7 @@ impl Drop for NbdServer {
     }
 }
 
-async fn accept(shared: Arc<Shared>, listener: Listener) {
+async fn accept(shared: Arc<Shared>, listener: Listener, tls: NbdTls) {
     loop {
         let accepted = tokio::select! {
             biased;
@@ -156,7 +183,7 @@ async fn accept(shared: Arc<Shared>, listener: Listener) {
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok(socket) => shared.admit(socket),
+            Ok(socket) => shared.admit(socket, tls.clone()),
             // The client was gone before it was accepted.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
@@ -170,7 +197,7 @@ async fn accept(shared: Arc<Shared>, listener: Listener) {
 
 impl Shared {
     /// Begins the handshake of a new connection.
-    fn admit(self: &Arc<Self>, socket: Socket) {
+    fn admit(self: &Arc<Self>, socket: Socket, tls: NbdTls) {
         if self.connections.load(Ordering::Relaxed) >= self.limits.max_connections {
             tracing::warn!(
                 peer = %socket.peer(), limit = self.limits.max_connections,
@@ -190,10 +217,10 @@ impl Shared {
             }
         }
         let shared = Arc::clone(self);
-        self.tasks.spawn(async move { shared.handshake(socket, number, evicted).await });
+        self.tasks.spawn(async move { shared.handshake(socket, tls, number, evicted).await });
     }
 
-    async fn handshake(self: Arc<Self>, mut socket: Socket, number: u64, evicted: CancellationToken) {
+    async fn handshake(self: Arc<Self>, socket: Socket, tls: NbdTls, number: u64, evicted: CancellationToken) {
         let peer = socket.peer();
         socket.tune();
         let shaken = tokio::select! {
@@ -203,20 +230,20 @@ impl Shared {
                 tracing::warn!(%peer, "an nbd client in its handshake was dropped for newer ones");
                 None
             }
-            shaken = tokio::time::timeout(self.limits.handshake_timeout, shake_hands(&mut socket, &*self.exports)) => {
-                Some(shaken)
-            }
+            shaken = tokio::time::timeout(
+                self.limits.handshake_timeout, shake_hands(socket, &*self.exports, &tls)
+            ) => Some(shaken),
         };
         self.handshakes.lock().retain(|(other, _)| *other != number);
         match shaken {
             None => {}
             Some(Err(_)) => tracing::debug!(%peer, "an nbd client took too long for its handshake"),
             Some(Ok(Err(error))) => tracing::debug!(%peer, %error, "an nbd client left in its handshake"),
-            Some(Ok(Ok(Shaken::Close(reason)))) => {
+            Some(Ok(Ok((socket, Shaken::Close(reason))))) => {
                 tracing::debug!(%peer, "an nbd handshake ended: {reason}");
                 socket.close(Duration::from_secs(1)).await;
             }
-            Some(Ok(Ok(Shaken::Enter { session, name, export, input }))) => {
+            Some(Ok(Ok((socket, Shaken::Enter { session, name, export, input })))) => {
                 let socket = match socket.detach() {
                     Ok(detached) => detached,
                     Err(error) => return tracing::debug!(%peer, %error, "an nbd client left after its handshake"),

@@ -4,13 +4,17 @@ use std::fmt;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
+use rustls::ServerConfig;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::net::{TcpStream, UnixStream};
+
+use super::tls::{TlsSession, TlsSocket};
 
 /// What the kernel should hold of replies for one client; it cuts this to its own limit.
 const SEND_BUFFER_BYTES: usize = 1 << 20;
@@ -21,6 +25,8 @@ pub(super) enum Socket {
     Unix(UnixStream),
     /// Over TCP.
     Tcp(TcpStream),
+    /// Over TLS on one of the others.
+    Tls(Box<TlsSocket>),
 }
 
 /// Who is at the other end, for logs.
@@ -47,6 +53,7 @@ impl Socket {
                 let keepalive = TcpKeepalive::new().with_time(Duration::from_secs(60));
                 let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive.with_interval(Duration::from_secs(10)));
             }
+            Socket::Tls(tls) => tls.socket().tune(),
         }
     }
 
@@ -61,6 +68,7 @@ impl Socket {
                 Ok(addr) => addr.to_string(),
                 Err(_) => "a client that has gone".to_owned(),
             },
+            Socket::Tls(tls) => return tls.socket().peer(),
         })
     }
 
@@ -69,6 +77,10 @@ impl Socket {
         Ok(match self {
             Socket::Unix(stream) => DetachedSocket::Unix(stream.into_std()?),
             Socket::Tcp(stream) => DetachedSocket::Tcp(stream.into_std()?),
+            Socket::Tls(tls) => {
+                let (socket, session) = tls.into_parts();
+                DetachedSocket::Tls(Box::new((socket.detach()?, session)))
+            }
         })
     }
 
@@ -83,6 +95,7 @@ impl Socket {
         match self {
             Socket::Unix(stream) => Future::poll(pin!(stream.read_buf(&mut limited)), cx),
             Socket::Tcp(stream) => Future::poll(pin!(stream.read_buf(&mut limited)), cx),
+            Socket::Tls(tls) => tls.poll_read(cx, limited.into_inner(), max_bytes),
         }
     }
 
@@ -91,6 +104,8 @@ impl Socket {
         let fd = match self {
             Socket::Unix(stream) => stream.as_raw_fd(),
             Socket::Tcp(stream) => stream.as_raw_fd(),
+            // Its bytes come through its session.
+            Socket::Tls(_) => return ReadNow::Ended,
         };
         let spare = buf.spare_capacity_mut();
         let len = spare.len().min(max_bytes);
@@ -119,6 +134,8 @@ impl Socket {
         match self {
             Socket::Unix(stream) => Some(Twin::Unix(stream.as_raw_fd())),
             Socket::Tcp(stream) => Some(Twin::Tcp(stream.as_raw_fd())),
+            // The session cannot be in two places.
+            Socket::Tls(_) => None,
         }
     }
 
@@ -131,16 +148,19 @@ impl Socket {
                 matches!(Future::poll(ready, cx), Poll::Ready(Ok(ready)) if ready.is_write_closed())
             }
             Socket::Tcp(_) => false,
+            Socket::Tls(tls) => tls.socket().is_abandoned(cx),
         }
     }
 
-    /// Writes some of `slices` (not all of them empty).
+    /// Writes some of `slices` (not all of them empty). Whoever was answered "pending" offers the same bytes again,
+    /// others only behind them: over TLS they may have been encrypted already.
     pub(super) fn poll_write(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         match (self, slices) {
             (Socket::Unix(stream), [one]) => Pin::new(stream).poll_write(cx, one),
             (Socket::Tcp(stream), [one]) => Pin::new(stream).poll_write(cx, one),
             (Socket::Unix(stream), many) => Pin::new(stream).poll_write_vectored(cx, many),
             (Socket::Tcp(stream), many) => Pin::new(stream).poll_write_vectored(cx, many),
+            (Socket::Tls(tls), slices) => tls.poll_write(cx, slices),
         }
     }
 
@@ -150,31 +170,50 @@ impl Socket {
     }
 
     /// Writes all of `bytes`.
-    pub(super) async fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match self {
-            Socket::Unix(stream) => stream.write_all(bytes).await,
-            Socket::Tcp(stream) => stream.write_all(bytes).await,
+    pub(super) async fn write_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match std::future::poll_fn(|cx| self.poll_write(cx, &[IoSlice::new(bytes)])).await? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                written => bytes = &bytes[written..],
+            }
+        }
+        Ok(())
+    }
+
+    /// Does the TLS handshake as a server; from then on everything is encrypted. A client that fails it is told why.
+    pub(super) async fn start_tls(self, config: &Arc<ServerConfig>) -> io::Result<Socket> {
+        match TlsSocket::accept(self, config).await {
+            Ok(tls) => Ok(Socket::Tls(Box::new(tls))),
+            Err((socket, error)) => {
+                socket.close(Duration::from_secs(1)).await;
+                Err(error)
+            }
         }
     }
 
     /// Ends the connection so that the client gets what was sent: closing a TCP socket with unread input would reset
     /// it, and the last replies with it. So: say that nothing more comes, then wait for the client to close, but not
     /// long.
-    pub(super) async fn close(mut self, linger: Duration) {
-        let shut = match &mut self {
-            Socket::Unix(stream) => stream.shutdown().await,
-            Socket::Tcp(stream) => stream.shutdown().await,
-        };
-        if shut.is_err() {
-            return;
-        }
-        let drain = async {
+    pub(super) async fn close(self, linger: Duration) {
+        let end = async {
+            // "The client or the server drops the TCP session (in which case it SHOULD shut down the TLS session
+            // first)." What the client says after that need not be decrypted.
+            let mut socket = match self {
+                Socket::Tls(tls) => tls.say_goodbye().await?,
+                plain => plain,
+            };
+            match &mut socket {
+                Socket::Unix(stream) => stream.shutdown().await?,
+                Socket::Tcp(stream) => stream.shutdown().await?,
+                Socket::Tls(_) => {}
+            }
             let mut rest = BytesMut::with_capacity(16 << 10);
-            while matches!(self.read(&mut rest, 16 << 10).await, Ok(1..)) {
+            while socket.read(&mut rest, 16 << 10).await? > 0 {
                 rest.clear();
             }
+            io::Result::Ok(())
         };
-        let _ = tokio::time::timeout(linger, drain).await;
+        let _ = tokio::time::timeout(linger, end).await;
     }
 }
 
@@ -217,6 +256,8 @@ pub(super) enum DetachedSocket {
     Unix(std::os::unix::net::UnixStream),
     /// Over TCP.
     Tcp(std::net::TcpStream),
+    /// Over TLS on one of the others: the session goes along.
+    Tls(Box<(DetachedSocket, TlsSession)>),
 }
 
 impl DetachedSocket {
@@ -225,6 +266,10 @@ impl DetachedSocket {
         Ok(match self {
             DetachedSocket::Unix(stream) => Socket::Unix(UnixStream::from_std(stream)?),
             DetachedSocket::Tcp(stream) => Socket::Tcp(TcpStream::from_std(stream)?),
+            DetachedSocket::Tls(both) => {
+                let (socket, session) = *both;
+                Socket::Tls(Box::new(TlsSocket::from_parts(socket.attach()?, session)))
+            }
         })
     }
 }

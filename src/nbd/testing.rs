@@ -277,6 +277,11 @@ impl Client {
     pub(super) async fn connect_with(path: &Path, style: ReplyStyle, contexts: &[&str]) -> Client {
         let mut stream = greeted(path).await;
         stream.write_all(&3u32.to_be_bytes()).await.expect("sends");
+        Client::go(stream, style, contexts).await
+    }
+
+    /// Behind greeting, flags and, where there is TLS, STARTTLS.
+    pub(super) async fn go(mut stream: UnixStream, style: ReplyStyle, contexts: &[&str]) -> Client {
         match style {
             ReplyStyle::Simple => {}
             ReplyStyle::Structured => ask(&mut stream, opt::STRUCTURED_REPLY, &[]).await,

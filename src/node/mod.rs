@@ -4,6 +4,7 @@
 mod catalog;
 mod databases;
 mod export;
+mod listeners;
 mod owned;
 mod prewarm;
 mod record;
@@ -27,7 +28,7 @@ use crate::control::{ControlServer, Site};
 use crate::core::ids::Name;
 use crate::core::scheduler::Limits;
 use crate::fetch::{Fetch, PeerKey};
-use crate::nbd::{NbdLimits, NbdListen, NbdServer};
+use crate::nbd::{NbdLimits, NbdListener, NbdServer};
 use crate::source::{Hasher, SourceOptions, SourceVolume, serve_link};
 use crate::store::{RocksStore, State, StateDb, Store, StoreOptions};
 use crate::transport::{Endpoint, EndpointOptions, Identity, KeepConnected, PeerTarget, Trust, keep_connected};
@@ -36,6 +37,7 @@ use crate::workers::Workers;
 
 use databases::Databases;
 use export::{Found, Served, VolumeExports};
+pub use listeners::nbd_listeners;
 use record::{Ownership, Records, VolumeRecord};
 
 /// How long clients' requests and peers' connections may take to end at a shutdown.
@@ -87,8 +89,9 @@ pub(crate) struct Entry {
     pub(crate) turn: tokio::sync::Mutex<()>,
 }
 
-/// Runs a site until SIGTERM or SIGINT; prints one line `ready ...` on stdout when everything is served.
-pub fn run(config: Config) -> Result<()> {
+/// Runs a site until SIGTERM or SIGINT; prints one line `ready ...` on stdout when everything is served. `listeners` are
+/// those that [`nbd_listeners`] made of the configuration.
+pub fn run(config: Config, listeners: Vec<NbdListener>) -> Result<()> {
     raise_file_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -102,7 +105,7 @@ pub fn run(config: Config) -> Result<()> {
             wait_for_signal().await;
             let _ = stop.send(true);
         });
-        serve(config, &databases, stopped, |line| println!("{line}")).await
+        serve(config, listeners, &databases, stopped, |line| println!("{line}")).await
     });
     drop(runtime);
     if !databases.close() && served.is_ok() {
@@ -116,6 +119,7 @@ pub fn run(config: Config) -> Result<()> {
 /// Serves until `stopped`; `ready` is called with the line to print.
 async fn serve(
     config: Config,
+    listeners: Vec<NbdListener>,
     databases: &Databases,
     mut stopped: watch::Receiver<bool>,
     ready: impl FnOnce(&str),
@@ -123,7 +127,7 @@ async fn serve(
     // First of all: a second daemon on the same state is noticed here.
     let control = ControlServer::bind(&config.control.socket)?;
     let node = Node::start(config, databases).await?;
-    let nbd = node.listen_nbd().await?;
+    let nbd = node.listen_nbd(&listeners).await?;
     let (stop_control, mut control_stopped) = watch::channel(false);
     let site: Arc<dyn Site> = Arc::clone(&node) as Arc<dyn Site>;
     let control_socket = control.socket_path().to_owned();
@@ -136,8 +140,8 @@ async fn serve(
         node.endpoint.local_addr()?,
         control_socket.display()
     );
-    for addr in nbd.iter().flat_map(NbdServer::local_addrs) {
-        line.push_str(&format!(" nbd={addr}"));
+    for uri in nbd.iter().flat_map(NbdServer::uris) {
+        line.push_str(&format!(" nbd={uri}"));
     }
     ready(&line);
     if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
@@ -212,23 +216,13 @@ impl Node {
         Ok(node)
     }
 
-    async fn listen_nbd(self: &Arc<Self>) -> Result<Option<NbdServer>> {
-        if self.config.nbd.listen.is_empty() {
+    async fn listen_nbd(self: &Arc<Self>, listeners: &[NbdListener]) -> Result<Option<NbdServer>> {
+        if listeners.is_empty() {
             return Ok(None);
         }
-        let listeners: Vec<NbdListen> = self
-            .config
-            .nbd
-            .listen
-            .iter()
-            .map(|listen| match listen {
-                crate::config::NbdListen::Unix(path) => NbdListen::Unix(path.clone()),
-                crate::config::NbdListen::Tcp(address) => NbdListen::Tcp(address.to_string()),
-            })
-            .collect();
         let exports = Arc::new(VolumeExports(Arc::clone(self) as Arc<dyn Served>));
         let limits = NbdLimits { shutdown_grace: SHUTDOWN_GRACE / 2, ..NbdLimits::default() };
-        Ok(Some(NbdServer::listen(&listeners, exports, limits).await?))
+        Ok(Some(NbdServer::listen_with(listeners, exports, limits).await?))
     }
 
     async fn accept_peers(self: Arc<Self>) {

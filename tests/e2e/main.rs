@@ -15,4 +15,5 @@ mod pace;
 mod relocation;
 mod scale;
 mod site;
+mod tls;
 mod tools;

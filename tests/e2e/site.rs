@@ -96,6 +96,8 @@ pub struct Site {
     pub peers: Vec<Peer>,
     /// Lines for `[peer]` besides `listen`.
     pub peer_lines: String,
+    /// Lines for `[nbd]` besides `listen`.
+    pub nbd_lines: String,
     /// Further sections of the configuration.
     pub sections: String,
     /// What `serve` is started by, if not directly: it ends in `exec "$@"`.
@@ -119,6 +121,7 @@ impl Site {
             dir,
             peers: Vec::new(),
             peer_lines: String::new(),
+            nbd_lines: String::new(),
             sections: String::new(),
             launcher: Vec::new(),
             listen: "127.0.0.1:0".parse().expect("an address"),
@@ -143,7 +146,8 @@ impl Site {
                 "[[peers]]\nname = \"{name}\"\n{address}fingerprint = \"{fingerprint}\"\nvolumes = {volumes:?}\n"
             ));
         }
-        text.push_str(&format!("[nbd]\nlisten = [\"unix:nbd.sock\", \"127.0.0.1:0\"]\n{}\n", self.sections));
+        let listen = "listen = [\"unix:nbd.sock\", \"127.0.0.1:0\"]";
+        text.push_str(&format!("[nbd]\n{listen}\n{}\n{}\n", self.nbd_lines, self.sections));
         let path = self.dir.join("blockferry.toml");
         std::fs::write(&path, text).expect("writes the configuration");
         path
@@ -189,7 +193,9 @@ impl Site {
             values.map(str::to_owned).collect::<Vec<_>>()
         };
         self.listen = value("peer").first().and_then(|peer| peer.parse().ok()).expect("peer=ADDRESS");
-        let tcp = |nbd: &String| nbd.strip_prefix("nbd://")?.trim_end_matches('/').parse().ok();
+        let tcp = |nbd: &String| {
+            nbd.strip_prefix("nbd://").or(nbd.strip_prefix("nbds://"))?.trim_end_matches('/').parse().ok()
+        };
         self.nbd_tcp = value("nbd").iter().find_map(tcp);
     }
 

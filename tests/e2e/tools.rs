@@ -5,7 +5,7 @@ use std::process::Command;
 use crate::disk::{Disk, assert_same};
 use crate::site::{Pair, Ran, link, run, skipped, text};
 
-fn is_missing(test: &str, program: &str) -> bool {
+pub fn is_missing(test: &str, program: &str) -> bool {
     let is_missing = Command::new(program).arg("--version").output().is_err();
     if is_missing {
         skipped(test, &format!("{program} is not installed"));

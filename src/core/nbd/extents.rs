@@ -24,9 +24,9 @@ impl Extent {
 /// Whatever the export said, the result has at least one extent ("the server MUST return at least one status
 /// descriptor"), none of length 0 ("MUST be nonzero"), neighbours differ ("SHOULD use different status values between
 /// consecutive descriptors"), it ends within the export, and "the sum of the length fields of the first N-1 extents
-/// MUST be less than the requested length". With `one`, it is a single extent and "that descriptor MUST NOT exceed the
-/// length of the original request". Where the export said nothing, the status is 0: "a server MAY always safely report
-/// a status of 0 for any block".
+/// (if any) MUST be less than the requested length". With `one`, it is a single extent and "that descriptor MUST NOT
+/// exceed the length of the original request". Where the export said nothing, the status is 0: "a server MAY always
+/// safely report a status of 0 for any block".
 pub fn fit_extents(
     extents: &[Extent],
     offset: u64,

@@ -8,8 +8,8 @@ pub const MAX_STRING_BYTES: usize = 4096;
 /// initiate a hard disconnect"); nothing is allocated for it.
 pub const MAX_OPTION_BYTES: usize = 64 << 10;
 
-/// The largest payload of a READ or a WRITE: "any payload not exceeding 2^25 (33,554,432) bytes SHOULD NOT be
-/// considered a denial of service attack".
+/// The largest payload of a READ or a WRITE: "any payload length not exceeding 2^25 (33,554,432) bytes SHOULD
+/// NOT be considered a denial of service attack".
 pub const MAX_PAYLOAD_BYTES: u32 = 32 << 20;
 
 /// The advertised minimum block size: any byte can be addressed.
@@ -29,7 +29,8 @@ pub(crate) const MAX_STATUS_PAYLOAD_BYTES: u32 = 4096;
 
 // GO with the longest name and a handful of information requests has to fit.
 const _: () = assert!(MAX_OPTION_BYTES >= 2 * MAX_STRING_BYTES);
-// "MUST be at least as large as the preferred block size": preferred sizes are cut to 64 KiB.
+// "MUST be at least as large as the smaller of the preferred block size or export size": preferred sizes are cut to 64
+// KiB.
 const _: () = assert!(MAX_PAYLOAD_BYTES >= 64 << 10 && DEFAULT_PREFERRED_BYTES >= 512);
 // A status payload is buffered whole.
 const _: () = assert!(MAX_STATUS_PAYLOAD_BYTES < MAX_PAYLOAD_BYTES);

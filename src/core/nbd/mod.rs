@@ -29,7 +29,7 @@ pub use limits::{
     DEFAULT_PREFERRED_BYTES, MAX_EXTENTS, MAX_OPTION_BYTES, MAX_PAYLOAD_BYTES, MAX_STRING_BYTES, MIN_BLOCK_BYTES,
     REQUEST_HEADER_MAX_BYTES,
 };
-pub use negotiation::{CloseReason, ExportFacts, Negotiation, Refusal, Step};
+pub use negotiation::{CloseReason, ExportFacts, Negotiation, Refusal, Step, TlsPolicy};
 pub use reply::{Header, ReplyStyle};
 pub use request::{
     BadRequest, Command, ContextIndex, Fault, Parsed, Request, Session, Tag, ZeroFlags, parse_status_payload,

@@ -7,6 +7,7 @@
 //!             NeedInput      => send output, read more into input
 //!             AskNames       => answer_names(...)
 //!             AskExport(n)   => answer_export(...)
+//!             StartTls       => send output, do the TLS handshake; from then on input and output are TLS's
 //!             Enter(session) => send output; what is left of input are requests
 //!             Close(why)     => send output, close
 //!         } }
@@ -48,6 +49,18 @@ pub enum Refusal {
     Shutdown,
 }
 
+/// Whether connections of a listener may, or have to, be upgraded to TLS by STARTTLS.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TlsPolicy {
+    /// It has no TLS: the specification's NOTLS mode.
+    #[default]
+    Off,
+    /// At the client's option: SELECTIVETLS mode, with no export that insists on it.
+    Optional,
+    /// Nothing is said of exports before TLS: FORCEDTLS mode.
+    Required,
+}
+
 /// What the driver has to do next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -57,6 +70,9 @@ pub enum Step {
     AskNames,
     /// Call [`Negotiation::answer_export`] for the export of this name; the empty name is the default export's.
     AskExport(String),
+    /// Send the output, then do the TLS handshake as a server; what is read from then on has been decrypted, what is
+    /// written is encrypted. The connection ends if the handshake fails. The input is empty now.
+    StartTls,
     /// Send the output; the transmission phase has begun, with the export that was last asked for.
     Enter(Session),
     /// Send the output, then close the connection.
@@ -72,6 +88,9 @@ pub enum CloseReason {
     /// The client asked by EXPORT_NAME, which knows no error, for what it cannot have.
     #[error("the client asked for export {0:?}, which it cannot have")]
     Refused(String),
+    /// The client asked by EXPORT_NAME, which knows no error, without the TLS that is required.
+    #[error("the client asked for an export without TLS, which is required here")]
+    TlsRequired,
     /// The client broke the protocol.
     #[error("{0}")]
     Violation(&'static str),
@@ -91,6 +110,8 @@ enum State {
         option: u32,
         len_bytes: usize,
     },
+    /// STARTTLS was taken and is about to be granted.
+    StartTls,
     AwaitNames,
     AwaitExport {
         name: String,
@@ -111,6 +132,9 @@ enum Purpose {
 #[derive(Debug)]
 pub struct Negotiation {
     state: State,
+    tls: TlsPolicy,
+    /// TLS is running.
+    secured: bool,
     no_zeroes: bool,
     style: ReplyStyle,
     /// What SET_META_CONTEXT selected, and for which export.
@@ -124,12 +148,18 @@ impl Default for Negotiation {
 }
 
 impl Negotiation {
-    /// A handshake whose greeting is still to be sent.
+    /// A handshake whose greeting is still to be sent, without TLS.
     pub fn new() -> Negotiation {
-        Negotiation { state: State::ClientFlags, no_zeroes: false, style: ReplyStyle::Simple, selected: None }
+        Negotiation::with_tls(TlsPolicy::Off)
     }
 
-    /// The server's first bytes: "64 bits, NBDMAGIC; 64 bits, IHAVEOPT; 16 bits, handshake flags".
+    /// A handshake whose greeting is still to be sent.
+    pub fn with_tls(tls: TlsPolicy) -> Negotiation {
+        let style = ReplyStyle::Simple;
+        Negotiation { state: State::ClientFlags, tls, secured: false, no_zeroes: false, style, selected: None }
+    }
+
+    /// The server's first bytes: NBDMAGIC, IHAVEOPT, "16 bits, handshake flags".
     pub fn greeting() -> [u8; 18] {
         let mut greeting = [0; 18];
         greeting[..8].copy_from_slice(&wire::NBDMAGIC.to_be_bytes());
@@ -154,6 +184,15 @@ impl Negotiation {
                     if flags & !u32::from(handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES) != 0 {
                         self.close(CloseReason::Violation("unknown client flags"));
                         continue;
+                    }
+                    // "The server MUST operate in NOTLS mode unless the server set flag NBD_FLAG_FIXED_NEWSTYLE and the
+                    // client replied with NBD_FLAG_C_FIXED_NEWSTYLE in the fixed newstyle negotiation."
+                    if flags & u32::from(handshake::FIXED_NEWSTYLE) == 0 {
+                        if self.tls == TlsPolicy::Required {
+                            self.close(CloseReason::TlsRequired);
+                            continue;
+                        }
+                        self.tls = TlsPolicy::Off;
                     }
                     self.no_zeroes = flags & u32::from(handshake::NO_ZEROES) != 0;
                     self.state = State::OptionHeader;
@@ -184,7 +223,11 @@ impl Negotiation {
                     let (option, reply) = (*option, *reply);
                     match reply {
                         rep::ACK => put_reply(output, option, reply, &[]),
+                        rep::ERR_INVALID if option == opt::STARTTLS && self.secured => {
+                            put_error(output, option, reply, "TLS is running already");
+                        }
                         rep::ERR_INVALID => put_error(output, option, reply, "this option takes no data"),
+                        rep::ERR_TLS_REQD => put_error(output, option, reply, "TLS is required here: send STARTTLS"),
                         _ => put_error(output, option, reply, "this server does not know the option"),
                     }
                     self.state = State::OptionHeader;
@@ -200,6 +243,25 @@ impl Negotiation {
                     let data = input.split_to(*len_bytes);
                     self.state = State::OptionHeader;
                     self.take_option(option, &data, output);
+                }
+                State::StartTls => {
+                    // "The client MUST NOT send any option until it has received a final reply to any option it has
+                    // sent", nor can a handshake begin before the reply. What came along was put there in the hope that
+                    // it would be taken for something that was said under TLS.
+                    if !input.is_empty() {
+                        self.close(CloseReason::Violation("bytes behind STARTTLS that did not wait for its reply"));
+                        continue;
+                    }
+                    // "When this command succeeds, the server MUST NOT preserve any negotiation state (such as a
+                    // request for NBD_OPT_STRUCTURED_REPLY or NBD_OPT_EXTENDED_HEADERS, or metadata contexts from
+                    // NBD_OPT_SET_META_CONTEXT) issued before this command." The client's flags are no option, are not
+                    // sent again, and stay.
+                    self.style = ReplyStyle::Simple;
+                    self.selected = None;
+                    self.secured = true;
+                    self.state = State::OptionHeader;
+                    put_reply(output, opt::STARTTLS, rep::ACK, &[]);
+                    return Step::StartTls;
                 }
                 State::AwaitNames => return Step::AskNames,
                 State::AwaitExport { name, .. } => return Step::AskExport(name.clone()),
@@ -262,6 +324,18 @@ impl Negotiation {
         if len_bytes > MAX_OPTION_BYTES {
             return self.close(CloseReason::Violation("an option that announces more than 64 KiB of data"));
         }
+        // "If the server receives any other option, including NBD_OPT_INFO and unsupported options, it MUST reply with
+        // NBD_REP_ERR_TLS_REQD if TLS has not been initiated". "The server MUST NOT send NBD_REP_ERR_TLS_REQD in reply to
+        // any option if TLS has already been initiated."
+        if self.tls == TlsPolicy::Required && !self.secured && !matches!(option, opt::STARTTLS | opt::ABORT) {
+            // "If the server receives a request to enter transmission mode via NBD_OPT_EXPORT_NAME when TLS has not been
+            // initiated, then as this request cannot error, it MUST terminate the session."
+            if option == opt::EXPORT_NAME {
+                return self.close(CloseReason::TlsRequired);
+            }
+            self.state = State::Skip { option, left_bytes: len_bytes, reply: rep::ERR_TLS_REQD };
+            return;
+        }
         self.state = match option {
             // "a server SHOULD ignore any data sent by the client rather than rejecting the request as invalid".
             opt::ABORT => State::Skip { option, left_bytes: len_bytes, reply: rep::ACK },
@@ -281,9 +355,21 @@ impl Negotiation {
             | opt::GO
             | opt::LIST_META_CONTEXT
             | opt::SET_META_CONTEXT => State::OptionData { option, len_bytes },
+            // "If the server receives NBD_OPT_STARTTLS prior to negotiating TLS, it MUST reply with NBD_REP_ACK." "The
+            // server MUST either reply with NBD_REP_ACK after which point the connection is upgraded to TLS, or an error
+            // reply explicitly permitted by this document (for example, NBD_REP_ERR_INVALID if the client included
+            // data)." "If the server receives NBD_OPT_STARTTLS when TLS has already been negotiated, it [...] MUST reply
+            // with NBD_REP_ERR_INVALID."
+            opt::STARTTLS if self.tls != TlsPolicy::Off => {
+                if len_bytes == 0 && !self.secured {
+                    State::StartTls
+                } else {
+                    State::Skip { option, left_bytes: len_bytes, reply: rep::ERR_INVALID }
+                }
+            }
             // "Servers that receive messages which they do not implement MUST reply to them with NBD_REP_ERR_UNSUP, and
-            // MUST NOT fail to parse the next message received." STARTTLS is among them: "it MUST respond with [...]
-            // NBD_REP_ERR_UNSUP (if it does not support the NBD_OPT_STARTTLS option at all)".
+            // MUST NOT fail to parse the next message received." STARTTLS is among them where there is no TLS: "it MUST
+            // respond with [...] NBD_REP_ERR_UNSUP (if it does not support the NBD_OPT_STARTTLS option at all)".
             _ => State::Skip { option, left_bytes: len_bytes, reply: rep::ERR_UNSUP },
         };
     }
@@ -363,7 +449,7 @@ impl Negotiation {
             Err(refusal) => return put_refusal(output, option, refusal),
         };
         let session = self.session(facts);
-        // "The server MUST send at least one NBD_REP_INFO, with an NBD_INFO_EXPORT information type."
+        // "the server MUST send at least one NBD_REP_INFO, with an NBD_INFO_EXPORT information type".
         let mut body = Vec::with_capacity(12);
         body.extend_from_slice(&info::EXPORT.to_be_bytes());
         body.extend_from_slice(&session.size_bytes.to_be_bytes());
@@ -450,12 +536,9 @@ impl Negotiation {
         if facts.read_only {
             flags |= transmission::READ_ONLY;
         }
-        // "MUST leave this flag clear if structured replies have not been negotiated".
+        // "MUST leave this flag clear if neither structured replies nor extended headers have been negotiated".
         if self.style != ReplyStyle::Simple {
             flags |= transmission::SEND_DF;
-        }
-        if self.style == ReplyStyle::Extended {
-            flags |= transmission::BLOCK_STATUS_PAYLOAD;
         }
         // "A client MUST NOT send NBD_CMD_BLOCK_STATUS unless [...] the final time it was sent, it referred to the same
         // export name that was ultimately selected for transmission phase".
@@ -463,6 +546,12 @@ impl Negotiation {
             Some((name, contexts)) if *name == facts.name => contexts.clone(),
             _ => Vec::new(),
         };
+        // "Servers MUST NOT advertise this bit unless the client successfully negotiates extended headers via
+        // NBD_OPT_EXTENDED_HEADERS, and SHOULD NOT advertise this bit in response to NBD_OPT_EXPORT_NAME or NBD_OPT_GO if
+        // the client does not negotiate metacontexts with NBD_OPT_SET_META_CONTEXT".
+        if self.style == ReplyStyle::Extended && !contexts.is_empty() {
+            flags |= transmission::BLOCK_STATUS_PAYLOAD;
+        }
         Session { style: self.style, flags, size_bytes: facts.size_bytes, contexts }
     }
 }

@@ -3,6 +3,8 @@
 use bytes::{BufMut, BytesMut};
 use proptest::prelude::*;
 
+mod tls;
+
 use super::wire::{IHAVEOPT, OPTION_REPLY_MAGIC, info, opt, rep, transmission};
 use super::*;
 
@@ -38,7 +40,12 @@ struct Outcome {
 
 /// Plays `input` in pieces of the given lengths, in turn.
 fn play(input: &[u8], pieces: &[usize]) -> Outcome {
-    let (mut machine, mut buffer, mut output) = (Negotiation::new(), BytesMut::new(), BytesMut::new());
+    play_to(&mut Negotiation::new(), input, pieces)
+}
+
+/// The same, to this machine.
+fn play_to(machine: &mut Negotiation, input: &[u8], pieces: &[usize]) -> Outcome {
+    let (mut buffer, mut output) = (BytesMut::new(), BytesMut::new());
     let (mut at, mut turn) = (0, 0);
     loop {
         match machine.step(&mut buffer, &mut output) {
@@ -238,6 +245,7 @@ fn extended_headers_take_precedence() {
         option(opt::STRUCTURED_REPLY, &[]),
         option(opt::EXTENDED_HEADERS, &[]),
         option(opt::STRUCTURED_REPLY, &[]),
+        option(opt::SET_META_CONTEXT, &meta_data("ro", &["base:allocation"])),
         option(opt::GO, &info_data("ro", &[])),
     ]);
     let session = entered(&outcome);
@@ -246,6 +254,9 @@ fn extended_headers_take_precedence() {
         assert_ne!(session.flags & flag, 0);
     }
     assert_eq!(kinds(&outcome.output)[..3], [rep::ACK, rep::ACK, rep::ERR_EXT_HEADER_REQD]);
+    let outcome = talk(&[option(opt::EXTENDED_HEADERS, &[]), option(opt::GO, &info_data("a", &[]))]);
+    let flags = entered(&outcome).flags;
+    assert_eq!(flags & transmission::BLOCK_STATUS_PAYLOAD, 0, "there is no context to choose from");
     let outcome = talk(&[option(opt::EXTENDED_HEADERS, &[]), option(opt::EXPORT_NAME, b"a")]);
     assert!(matches!(outcome.end, Some(Step::Close(CloseReason::Violation(_)))));
 }

@@ -18,8 +18,8 @@ pub(super) fn parse_info(data: &[u8]) -> Result<(String, Vec<u16>), Invalid> {
     Ok((name, requests.iter().map(|request| u16::from_be_bytes(*request)).collect()))
 }
 
-/// LIST and SET_META_CONTEXT: "32 bits, length of export name; String, name of export; 32 bits, number of queries; Zero
-/// or more queries, each being: 32 bits, length of query; String, query". A query that is no text can match nothing and
+/// LIST and SET_META_CONTEXT: "32 bits, length of export name. String, name of export [...]. 32 bits, number of queries.
+/// Zero or more queries, each being: 32 bits, length of query. String, query [...]". A query that is no text can match nothing and
 /// is left out, but counted.
 pub(super) fn parse_meta(data: &[u8]) -> Result<(String, Queries), Invalid> {
     let mut rest = data;

@@ -10,7 +10,7 @@ use super::wire::{self, chunk};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ReplyStyle {
     /// "The simple reply message MUST be sent by the server in response to all requests if neither structured replies
-    /// nor extended headers have been negotiated."
+    /// [...] nor extended headers [...] have been negotiated."
     Simple,
     /// Compact headers, replies in chunks: "the server MUST use a structured reply for any response with a payload, and
     /// MUST NOT use a simple reply for NBD_CMD_READ".

@@ -72,6 +72,8 @@ pub mod rep {
     pub const ERR_POLICY: u32 = ERROR_BIT + 2;
     /// The option is syntactically or semantically invalid.
     pub const ERR_INVALID: u32 = ERROR_BIT + 3;
+    /// TLS has to be initiated first.
+    pub const ERR_TLS_REQD: u32 = ERROR_BIT + 5;
     /// The export is not available.
     pub const ERR_UNKNOWN: u32 = ERROR_BIT + 6;
     /// The server is being shut down.
