@@ -128,6 +128,7 @@ async fn run(
     let bulk_data = verify(peer, generation, &mut bulk, Urgency::Background, Some(budget), workers, commands);
     // Whichever ends first ends the connection: the other streams are of no use without it.
     tokio::select! {
+        biased;
         end = controls => end,
         end = urgent_data => end,
         end = bulk_data => end,
@@ -146,6 +147,11 @@ async fn verify(
     let mut under_way = FuturesUnordered::new();
     loop {
         tokio::select! {
+            biased;
+            Some(checked) = under_way.next(), if !under_way.is_empty() => {
+                let message = checked?;
+                send(commands, Command::Arrived { peer, generation, message });
+            }
             message = messages.recv(), if under_way.len() < AT_A_TIME => {
                 let Some(message) = message else { return Ok(()) };
                 // Each waits for memory by itself: those that have theirs must get on, or several peers could wait for
@@ -162,10 +168,6 @@ async fn verify(
                     let checked = workers.run(urgency, move || check(message, permit)).await;
                     checked.ok_or("a check failed inside")?.map_err(|error| error.to_string())
                 });
-            }
-            Some(checked) = under_way.next(), if !under_way.is_empty() => {
-                let message = checked?;
-                send(commands, Command::Arrived { peer, generation, message });
             }
         }
     }

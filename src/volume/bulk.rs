@@ -119,6 +119,7 @@ pub async fn run_bulk(volume: Arc<Volume>, with_bulk: bool) -> Result<(), Volume
         }
     };
     tokio::select! {
+        biased;
         copied = copied => copied?,
         () = checkpoints => {}
     }
@@ -189,6 +190,7 @@ async fn copy_once(volume: &Arc<Volume>, relocation: &Arc<Relocation>) -> Result
             tokio::pin!(load);
             loop {
                 tokio::select! {
+                    biased;
                     ids = &mut load => break ids?,
                     Some(landed) = under_way.next(), if !under_way.is_empty() => landed?,
                 }
@@ -226,6 +228,7 @@ async fn until_running<F: Future<Output = Result<(), VolumeError>>>(
     tokio::pin!(running);
     loop {
         tokio::select! {
+            biased;
             () = &mut running => return Ok(()),
             Some(landed) = under_way.next(), if !under_way.is_empty() => landed?,
         }

@@ -366,9 +366,9 @@ impl Volume {
         };
         // Not on the workers: a sync may take seconds, and as many volumes as there are workers would hold up every
         // read.
-        self.runtime.spawn_blocking(work).await.unwrap_or_else(|ended| {
+        self.workers.run_apart(&self.runtime, work).await.unwrap_or_else(|unfinished| {
             // If it panicked, what it took will never be written.
-            self.is_sync_broken.fetch_or(ended.is_panic(), Ordering::AcqRel);
+            self.is_sync_broken.fetch_or(unfinished.has_panicked, Ordering::AcqRel);
             Err(VolumeError::ShuttingDown)
         })
     }
