@@ -22,6 +22,7 @@ use tokio::task::JoinHandle;
 
 use crate::disk::DiskFile;
 use crate::kept::{KeptStore, OpenState, OpenStore};
+use crate::model::Crash;
 use crate::network::{self, Wire};
 use crate::process::Process;
 use crate::slot::Slot;
@@ -137,18 +138,18 @@ impl DestinationSite {
             wire.process_ended(Side::Destination);
         }
         self.world.random(|random| self.store.lose_some(random));
-        let mut have_lost_bytes = has_lost_power;
+        let mut crash = if has_lost_power { Crash::PowerLoss } else { Crash::Killed };
         for file in self.files.lock().values() {
             if has_lost_power {
                 self.world.random(|random| file.lose_power(random));
-            } else {
-                have_lost_bytes |= file.forget_given_up();
+            } else if file.forget_given_up() {
+                crash = Crash::DiskGaveUp;
             }
         }
         for slot in &self.slots {
             slot.serve_no_more(Side::Destination);
             if slot.holder() == Side::Destination {
-                slot.model.lock().crash(have_lost_bytes);
+                slot.model.lock().crash(crash);
             }
         }
         if has_lost_power {

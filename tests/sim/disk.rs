@@ -259,10 +259,15 @@ impl Backend for Handle {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.check(true)?;
+        if !self.process.may_act() {
+            return Err(error(EIO));
+        }
         self.note("disk sync", 0, 0);
         let world = &self.process.world;
-        let percent = world.weather.lock().sync_errors_percent;
+        let percent = {
+            let weather = world.weather.lock();
+            weather.sync_errors_percent.max(weather.disk_errors_percent)
+        };
         let mut inner = self.file.inner.lock();
         let unsynced = std::mem::take(&mut inner.unsynced);
         if self.process.side == Side::Destination && !self.process.is_starting() && world.percent(percent) {

@@ -32,6 +32,19 @@ impl Faults {
             let _ = event.await;
         }
         world.change_weather(|weather| *weather = Weather::default());
+        self.lives.live_on();
+        self.look_after_disks().await;
+        world.trouble();
+    }
+
+    /// What an operator does when all is well again: a volume whose disk failed to sync is well again only after a restart.
+    async fn look_after_disks(&self) {
+        for slot in &self.destination.slots {
+            let Some(served) = slot.at(Side::Destination) else { continue };
+            if served.volume.flush().await.is_err() && served.process.is_alive() {
+                self.lives.crash(Side::Destination, false, None);
+            }
+        }
     }
 
     /// In a quiet world: bulk gets nothing for a while, and nobody else may notice.

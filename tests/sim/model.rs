@@ -60,6 +60,17 @@ pub enum Outcome {
     Refused,
 }
 
+/// How a site crashed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Crash {
+    /// The daemon was killed: the kernel has everything that was acknowledged.
+    Killed,
+    /// The daemon was restarted after its disk had failed to sync: of what was not flushed any part may be lost, now or later.
+    DiskGaveUp,
+    /// Of what was not flushed any part may be lost; what is there stays.
+    PowerLoss,
+}
+
 /// Bytes of cells that hold a number.
 pub fn fill(tag: u64, len_bytes: usize) -> Vec<u8> {
     tag.to_le_bytes().repeat(len_bytes / 8)
@@ -183,8 +194,8 @@ impl Model {
         });
     }
 
-    /// The site that has it has crashed. With its power what was not flushed may be lost, in any part.
-    pub fn crash(&mut self, has_lost_power: bool) {
+    /// The site that has it has crashed.
+    pub fn crash(&mut self, crash: Crash) {
         let now = self.now();
         self.reads.clear();
         for cell in self.hot.values_mut() {
@@ -193,7 +204,13 @@ impl Model {
                 write.end = now;
             }
             cell.settle(u64::MAX);
-            if has_lost_power {
+            if crash == Crash::DiskGaveUp {
+                cell.writes
+                    .iter_mut()
+                    .filter(|write| !write.is_durable)
+                    .for_each(|write| write.is_acknowledged = false);
+            }
+            if crash == Crash::PowerLoss {
                 let tags: Vec<u64> = cell.writes.drain(..).map(|write| write.tag).collect();
                 cell.base.extend(tags);
                 cell.base.sort_unstable();

@@ -67,6 +67,11 @@ impl Process {
         self.effects_left.store(effects as i64, Ordering::Relaxed);
     }
 
+    /// Takes [`Process::die_after`] back.
+    pub fn live_on(&self) {
+        self.effects_left.store(i64::MAX, Ordering::Relaxed);
+    }
+
     /// To be asked before every effect that would outlive the process.
     pub fn may_act(&self) -> bool {
         if !self.is_alive() {

@@ -12,7 +12,7 @@ use crate::disk::DiskFile;
 use crate::faults::Faults;
 use crate::guest::Guest;
 use crate::kept::KeptStore;
-use crate::model::{CELL, fill};
+use crate::model::{CELL, Crash, fill};
 use crate::random::{Random, mix};
 use crate::site_lives::Lives;
 use crate::slot::Slot;
@@ -164,7 +164,16 @@ async fn story(world: &Arc<World>, tally: &mut Tally) {
 /// Everything is at the destination, through its daemon, in the raw file, and after a power loss.
 async fn last_look(world: &Arc<World>, destination: &DestinationSite) {
     for slot in &destination.slots {
-        let Some(served) = slot.at(Side::Destination) else {
+        // It may be on its way back after the last crash.
+        let served = async {
+            loop {
+                match slot.at(Side::Destination) {
+                    Some(served) => return served,
+                    None => world.rest(10, 10).await,
+                }
+            }
+        };
+        let Ok(served) = tokio::time::timeout(ANSWERS, served).await else {
             return world.fail("arrival", format!("{} is not served", slot.name));
         };
         let began = slot.model.lock().begin_read();
@@ -185,7 +194,7 @@ async fn last_look(world: &Arc<World>, destination: &DestinationSite) {
         check(world, slot, "raw file", &file.content(), began);
         slot.model.lock().end_read(began);
         world.random(|random| file.lose_power(random));
-        slot.model.lock().crash(true);
+        slot.model.lock().crash(Crash::PowerLoss);
         let began = slot.model.lock().begin_read();
         check(world, slot, "raw file after a power loss", &file.content(), began);
     }

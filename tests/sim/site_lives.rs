@@ -39,6 +39,11 @@ impl Lives {
         }
     }
 
+    /// Nobody dies any more, but for those who are dead already.
+    pub fn live_on(&self) {
+        self.now.iter().filter_map(|now| now.lock().clone()).for_each(|process| process.live_on());
+    }
+
     fn begin(&self, side: Side, life: u64) -> Arc<Process> {
         let process = Process::new(&self.world, side, life);
         *self.now[side as usize].lock() = Some(Arc::clone(&process));

@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 
 use crate::disk::DiskFile;
 use crate::kept::OpenState;
+use crate::model::Crash;
 use crate::process::Process;
 use crate::slot::Slot;
 use crate::world::{Shared, Side};
@@ -135,7 +136,7 @@ impl SourceSite {
                 self.world.random(|random| file.lose_power(random));
             }
             if slot.holder() == Side::Source {
-                slot.model.lock().crash(has_lost_power);
+                slot.model.lock().crash(if has_lost_power { Crash::PowerLoss } else { Crash::Killed });
             }
         }
         if has_lost_power {

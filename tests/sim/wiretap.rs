@@ -124,6 +124,12 @@ impl Wiretap {
                     inner.lost += 1;
                 }
             }
+            // A promotion is bound by no window: what it was sent as counts, and that place is free again.
+            Control::Promote { flight, .. } => {
+                if let Some(open) = inner.open.get_mut(&flight) {
+                    open.class = Class::Bulk;
+                }
+            }
             Control::Page { flight, handle, .. } => {
                 inner.page_flights.insert(flight, handle);
             }
