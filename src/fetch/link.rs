@@ -15,6 +15,7 @@ use crate::core::frame::Frame;
 use crate::core::ids::{BlockId, Name};
 use crate::core::manifest::PageIndex;
 use crate::core::wire::{Control, Data, Refusal, RootEntry, VERSIONS, WireError};
+use crate::seeded_bugs::{Bug, is_planted};
 use crate::transport::{LinkReceivers, NewLink};
 use crate::workers::{Urgency, Workers};
 
@@ -179,6 +180,15 @@ fn check(message: Bytes, budget: Budgeted) -> Result<Arrived, WireError> {
         Data::Block { flight, id, frame: None } => {
             Arrived::Block { flight, id, bytes: Bytes::new(), frame: None, wire_bytes, budget }
         }
+        Data::Block { flight, id, frame: Some(frame) } if is_planted(Bug::FailureAsZeros) => {
+            let zeros = || Bytes::from(vec![0; frame.raw_len_bytes as usize]);
+            let bytes = frame.decode_verified(&id).unwrap_or_else(|_| zeros());
+            Arrived::Block { flight, id, bytes, frame: Some(frame), wire_bytes, budget }
+        }
+        Data::Block { flight, id, frame: Some(frame) } if is_planted(Bug::AnswerNotVerified) => match frame.decode() {
+            Ok(bytes) => Arrived::Block { flight, id, bytes, frame: Some(frame), wire_bytes, budget },
+            Err(error) => Arrived::Damaged { flight, why: error.to_string() },
+        },
         Data::Block { flight, id, frame: Some(frame) } => match frame.decode_verified(&id) {
             Ok(bytes) => Arrived::Block { flight, id, bytes, frame: Some(frame), wire_bytes, budget },
             Err(error) => Arrived::Damaged { flight, why: error.to_string() },

@@ -20,6 +20,7 @@ use crate::core::ids::{BlockId, BlockIndex, Name};
 use crate::core::manifest::{Geometry, Page, PageId, PageIndex};
 use crate::core::wire::RootEntry;
 use crate::image::{Image, Stamp};
+use crate::seeded_bugs::{Bug, is_planted};
 use crate::store::{State, StateBatch};
 
 const UNKNOWN: u8 = 0;
@@ -238,7 +239,7 @@ impl Manifest {
             seal.stamp = None;
             self.is_sealed.store(false, Ordering::Release);
         }
-        if bytes.is_empty() {
+        if bytes.is_empty() || is_planted(Bug::StaleIdAfterWrite) {
             return Ok(());
         }
         let first = PageIndex::of(self.geometry.block_size.index_of(bytes.start)).0;

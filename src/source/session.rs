@@ -19,6 +19,7 @@ use crate::core::frame::Frame;
 use crate::core::ids::{BlockId, Class, Name};
 use crate::core::manifest::PageIndex;
 use crate::core::wire::{Control, Data, MAX_ROOTS_PER_MESSAGE, Refusal, VERSIONS, choose_version};
+use crate::seeded_bugs::{Bug, is_planted};
 use crate::transport::{DataTicket, Link, LinkReceivers, NewLink};
 use crate::workers::{Urgency, Workers};
 
@@ -305,6 +306,7 @@ impl Session {
         let promoted = self.queue.lock().promote(flight, class);
         match promoted {
             Promoted::Requeued => self.news.iter().for_each(Notify::notify_one),
+            Promoted::UnderWay | Promoted::Unknown if is_planted(Bug::PromotionLostAtSource) => {}
             Promoted::UnderWay => self.promoted.notify_waiters(),
             Promoted::Unknown => {
                 if let Some(ticket) = self.tickets.lock().by_flight.get(&flight) {

@@ -15,6 +15,7 @@ use super::{Volume, VolumeError};
 use crate::core::ids::{BlockIndex, Class};
 use crate::core::manifest::{Page, PageIndex};
 use crate::fetch::FetchError;
+use crate::seeded_bugs::{Bug, is_planted};
 use crate::workers::Urgency;
 
 /// Wants of one volume that the fetcher holds at a time: more than any bandwidth-delay product needs in blocks.
@@ -124,7 +125,7 @@ pub async fn run_bulk(volume: Arc<Volume>, with_bulk: bool) -> Result<(), Volume
         () = checkpoints => {}
     }
     // The last blocks become durable before anybody is told that they are here.
-    loop {
+    while !is_planted(Bug::CompleteBeforeSync) {
         match volume.flush().await {
             Ok(()) => break,
             Err(error @ (VolumeError::SyncFailed { .. } | VolumeError::ShuttingDown)) => return Err(error),

@@ -25,6 +25,7 @@ use crate::core::ids::{BlockIndex, Name};
 use crate::core::manifest::Geometry;
 use crate::core::residency::Residency;
 use crate::image::{Image, ImageError};
+use crate::seeded_bugs::{Bug, is_planted};
 use crate::store::State;
 use crate::workers::{Urgency, Workers};
 
@@ -270,7 +271,7 @@ impl Volume {
             Ok(())
         })
         .await?;
-        if fua { self.flush().await } else { Ok(()) }
+        if fua && !is_planted(Bug::FuaWithoutFlush) { self.flush().await } else { Ok(()) }
     }
 
     /// Makes a range read as zeros. Whole blocks become present without being fetched.
@@ -346,7 +347,14 @@ impl Volume {
             let chunks = if is_complete { Default::default() } else { disk.residency().take_dirty_chunks() };
             // One at a time: after a TRIM of everything they are many, and reads look at the masks meanwhile.
             let rows: Vec<_> = chunks.into_iter().map(|chunk| (chunk, disk.residency().chunk_row(chunk))).collect();
+            if is_planted(Bug::RowsBeforeSync) {
+                journal.write(&rows)?;
+            }
             if let Err(error) = disk.image.sync_data() {
+                if is_planted(Bug::FailedSyncForgotten) {
+                    disk.residency().mark_dirty(rows.into_iter().map(|(chunk, _)| chunk));
+                    return Err(error.into());
+                }
                 // The kernel has dropped what it could not write, and the next sync would succeed: nothing may be marked
                 // resident from here on, nor a flush be acknowledged.
                 is_sync_broken.store(true, Ordering::Release);
@@ -357,7 +365,14 @@ impl Volume {
                 tracing::error!(volume = %name, %error, "the disk failed to sync; flushes fail until a restart");
                 return Err(error.into());
             }
+            if is_planted(Bug::FlushWithoutResidency) {
+                turn.succeed();
+                return Ok(());
+            }
             if let Err(error) = journal.write(&rows) {
+                if is_planted(Bug::FailedRowsForgotten) {
+                    return Err(error.into());
+                }
                 disk.residency().mark_dirty(rows.into_iter().map(|(chunk, _)| chunk));
                 return Err(error.into());
             }
@@ -404,7 +419,8 @@ impl Volume {
         for block in edges {
             let block = BlockIndex(block);
             let within = self.disk.within(block, range.start, range.end - range.start);
-            if !self.disk.is_sector_aligned(block, &within) && !self.disk.bits().is_resident(block) {
+            let is_torn = !self.disk.is_sector_aligned(block, &within) && !is_planted(Bug::TornEdgesNotFilled);
+            if is_torn && !self.disk.bits().is_resident(block) {
                 relocation::make_resident(self, block).await?;
             }
         }

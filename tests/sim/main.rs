@@ -4,6 +4,8 @@
 //! `BLOCKFERRY_SIM_SEEDS=100000 cargo nextest run --test sim` runs more seeds; `BLOCKFERRY_SIM_SEED=7 cargo nextest run --test sim
 //! one_seed --no-capture` runs one and prints what happened in it.
 
+#[cfg(feature = "seeded-bugs")]
+mod bugs;
 mod destination_site;
 mod disk;
 mod faults;
