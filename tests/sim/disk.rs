@@ -50,7 +50,7 @@ impl DiskFile {
 
     /// Durable, with holes where a page is zero.
     pub fn with_content(content: Vec<u8>, inode: u64) -> Arc<DiskFile> {
-        let is_data = content.chunks(PAGE).map(|page| page.iter().any(|byte| *byte != 0)).collect();
+        let is_data = content.chunks(PAGE).map(|page| *page != [0; PAGE][..page.len()]).collect();
         let inner = Inner {
             cached: content,
             is_data,
@@ -119,7 +119,7 @@ fn bytes_of(sector: usize, size_bytes: usize) -> Range<usize> {
 fn put_back(cached: &mut [u8], is_data: &mut [bool], sector: usize, content: &Sector) {
     let bytes = bytes_of(sector, cached.len());
     let len = bytes.len();
-    is_data[bytes.start / PAGE] |= content.iter().any(|byte| *byte != 0);
+    is_data[bytes.start / PAGE] |= *content != [0; SECTOR];
     cached[bytes].copy_from_slice(&content[..len]);
 }
 

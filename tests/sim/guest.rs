@@ -38,7 +38,11 @@ impl Guest {
         let mut count = 0;
         while !self.world.is_over.load(Ordering::Relaxed) {
             count += 1;
-            let pause_ms = if count < self.requests { 40 } else { 900 };
+            let pause_ms = match (count < self.requests, self.world.percent(50)) {
+                (true, true) => 2,
+                (true, false) => 60,
+                (false, _) => 900,
+            };
             self.world.rest(0, pause_ms).await;
             if self.world.percent(3)
                 && let Some(elsewhere) = self.slot.not_owner()

@@ -1,13 +1,13 @@
-//! What a volume may hold: for every cell of 64 bytes, the writes that count, and those of which nobody knows whether they do.
+//! What a volume may hold: for every cell of 256 bytes, the writes that count, and those of which nobody knows whether they do.
 //! Must not know the system under test.
 //!
-//! A cell is eight times the same number, and no two writes use the same one, so that every byte tells who wrote it.
+//! A cell is the same number again and again, and no two writes use the same one, so that every byte tells who wrote it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-/// The grain of the model: an eighth of a sector, so that torn sectors are seen.
-pub const CELL: usize = 64;
+/// The grain of the model: half a sector, so that torn sectors are seen.
+pub const CELL: usize = 256;
 
 const UNDER_WAY: u64 = u64::MAX;
 

@@ -133,7 +133,11 @@ impl Executor for JobsOf {
                 None => 8,
             };
             // Half of them at once: what is under way at the same time then meets in every order.
-            let own_ms = if random.percent(50) { 0 } else { random.between(1, most_ms) };
+            let own_ms = match random.below(100) {
+                0..50 => 0,
+                50..95 => random.between(1, most_ms),
+                _ => random.between(1, 60),
+            };
             own_ms + if slowed_ms > 0 { random.below(slowed_ms) } else { 0 }
         });
         let process = Arc::clone(process);

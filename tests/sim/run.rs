@@ -91,7 +91,7 @@ async fn story(world: &Arc<World>, tally: &mut Tally) {
     let store = Arc::new(KeptStore::new());
     for number in 0..volumes {
         let content = world.random(|random| {
-            let (blocks, tail) = (random.between(6, 40 / volumes), random.below(60));
+            let (blocks, tail) = (random.between(6, 40 / volumes), random.below(20));
             content(random, number, blocks, tail)
         });
         if world.percent(40) {
