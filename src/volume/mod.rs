@@ -329,11 +329,18 @@ impl Volume {
 
     /// Whether there is residency that is not durable yet.
     pub fn needs_checkpoint(&self) -> bool {
-        !self.is_complete() && self.disk.residency().is_dirty()
+        !self.is_complete() && (self.disk.residency().is_dirty() || self.journal.is_stopping())
     }
 
     async fn sync(&self, turn: gate::Turn) -> Result<(), VolumeError> {
         if self.is_sync_broken.load(Ordering::Acquire) {
+            if self.journal.is_stopping() {
+                let journal = self.journal.clone();
+                let dropped = self.workers.run_apart(&self.runtime, move || journal.stop_live()).await;
+                if let Ok(Err(error)) = dropped {
+                    tracing::error!(volume = %self.name, %error, "unsynced residency could still not be dropped: do not restart yet");
+                }
+            }
             return Err(VolumeError::SyncFailed { volume: self.name.clone() });
         }
         if !self.disk.image.is_writable() {
