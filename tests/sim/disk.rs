@@ -100,6 +100,11 @@ impl DiskFile {
         inner.has_failed_sync = false;
     }
 
+    /// Whether the disk has given bytes up since the daemon was started.
+    pub fn has_failed_sync(&self) -> bool {
+        self.inner.lock().has_failed_sync
+    }
+
     /// The daemon ends, the kernel goes on. Returns whether bytes were lost: a failed sync had given them up, and the cache has
     /// dropped them since.
     pub fn forget_given_up(&self) -> bool {

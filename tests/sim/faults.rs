@@ -41,8 +41,9 @@ impl Faults {
     async fn look_after_disks(&self) {
         for slot in &self.destination.slots {
             let Some(served) = slot.at(Side::Destination) else { continue };
-            if served.volume.flush().await.is_err() && served.process.is_alive() {
-                self.lives.crash(Side::Destination, false, None);
+            if served.volume.flush().await.is_err() {
+                served.process.needs_operator.set();
+                served.process.death.wait().await;
             }
         }
     }

@@ -118,13 +118,11 @@ impl Guest {
     }
 
     /// An error is right only while something is wrong.
-    async fn failed(&self, served: &Served, what: &'static str, error: &VolumeError) {
+    fn failed(&self, served: &Served, what: &'static str, error: &VolumeError) {
         self.world.note("request failed", [self.slot.number << 8 | self.number, 0, 0]);
         self.world.say(|| format!("{what}: {error}"));
         if matches!(error, VolumeError::SyncFailed { .. }) && served.process.side == Side::Destination {
-            // The operator sees it.
-            self.world.rest(50, 500).await;
-            served.process.die();
+            served.process.needs_operator.set();
         }
         if self.world.was_well(self.world.now_ms(), AFTERMATH_MS) {
             self.world.fail("errors", format!("{}: {what} failed though nothing was wrong: {error}", self.slot.name));
@@ -135,7 +133,7 @@ impl Guest {
         self.slot.model.lock().end_write(begun, outcome);
     }
 
-    async fn wrote(&self, served: &Served, begun: Begun, fua: bool, done: Ended<Result<(), VolumeError>>) {
+    fn wrote(&self, served: &Served, begun: Begun, fua: bool, done: Ended<Result<(), VolumeError>>) {
         match done {
             // It stays under way: nobody knows when, or whether, it happens.
             Ended::Unknown => {}
@@ -144,7 +142,7 @@ impl Guest {
             Ended::Done(Err(VolumeError::NotOwner { .. })) => self.end_write(begun, Outcome::Refused),
             Ended::Done(Err(error)) => {
                 self.end_write(begun, Outcome::Unknown);
-                self.failed(served, "a write", &error).await;
+                self.failed(served, "a write", &error);
             }
         }
     }
@@ -153,13 +151,13 @@ impl Guest {
         let begun = self.slot.model.lock().begin_write(offset, len_bytes, tag);
         let data = fill(tag, len_bytes as usize).into();
         let done = self.answer(served, served.volume.write(offset, data, fua)).await;
-        self.wrote(served, begun, fua, done).await;
+        self.wrote(served, begun, fua, done);
     }
 
     async fn zero(&self, served: &Served, offset: u64, len_bytes: u64, may_punch: bool, fua: bool) {
         let begun = self.slot.model.lock().begin_write(offset, len_bytes, 0);
         let done = self.answer(served, served.volume.write_zeroes(offset, len_bytes, may_punch, fua)).await;
-        self.wrote(served, begun, fua, done).await;
+        self.wrote(served, begun, fua, done);
     }
 
     /// What a trim promises: zeros, or what was there, in the sectors at its ends; so whole sectors only.
@@ -170,7 +168,7 @@ impl Guest {
         if start < end {
             let begun = self.slot.model.lock().begin_write(start, end - start, 0);
             let done = self.answer(served, served.volume.trim(start, end - start, false)).await;
-            self.wrote(served, begun, false, done).await;
+            self.wrote(served, begun, false, done);
         }
     }
 
@@ -179,7 +177,7 @@ impl Guest {
         match self.answer(served, served.volume.flush()).await {
             Ended::Unknown => {}
             Ended::Done(Ok(())) => self.slot.model.lock().flushed(began),
-            Ended::Done(Err(error)) => self.failed(served, "a flush", &error).await,
+            Ended::Done(Err(error)) => self.failed(served, "a flush", &error),
         }
     }
 
@@ -189,7 +187,7 @@ impl Guest {
         match done {
             Ended::Unknown => {}
             Ended::Done(Ok(data)) => self.check("reads", offset, &data, began),
-            Ended::Done(Err(error)) => self.failed(served, "a read", &error).await,
+            Ended::Done(Err(error)) => self.failed(served, "a read", &error),
         }
         self.slot.model.lock().end_read(began);
     }

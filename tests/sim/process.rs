@@ -17,6 +17,8 @@ pub struct Process {
     pub side: Side,
     pub life: u64,
     pub death: Flag,
+    /// Somebody must look after it: its disk failed to sync.
+    pub needs_operator: Flag,
     /// Effects on disk or database until it dies.
     effects_left: AtomicI64,
     jobs: Mutex<BTreeMap<u64, (Option<Urgency>, Job)>>,
@@ -32,6 +34,7 @@ impl Process {
             side,
             life,
             death: Flag::default(),
+            needs_operator: Flag::default(),
             effects_left: AtomicI64::new(i64::MAX),
             jobs: Mutex::default(),
             next_job: AtomicU64::new(0),

@@ -85,6 +85,14 @@ fn content(random: &mut Random, number: u64, blocks: u64, tail: u64) -> Vec<u8> 
     content
 }
 
+/// What may be asked for, in blocks: each content once; what connections, lies and hang-ups lost, once more; and after every death what
+/// the store and the file had not kept.
+fn most_asked(tally: &Tally, deaths: u64, volumes: u64) -> u64 {
+    // Blocks that guests ask for before the page has come may turn out to be content that is here already.
+    let unknown = 40 + 16 * volumes;
+    (tally.distinct + unknown) * (1 + deaths) + tally.lost
+}
+
 async fn story(world: &Arc<World>, tally: &mut Tally) {
     let volumes = 1 + world.below(3);
     let (mut slots, mut files) = (Vec::new(), Vec::new());
@@ -158,6 +166,10 @@ async fn story(world: &Arc<World>, tally: &mut Tally) {
         }
     }
     *tally = tap.tally();
+    let most = most_asked(tally, *faults.lives.deaths.lock(), volumes);
+    if tally.asked > most {
+        world.fail("fetched twice", format!("{tally:?}: at most {most} should have been asked for"));
+    }
     last_look(world, &destination).await;
 }
 

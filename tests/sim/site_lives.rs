@@ -85,7 +85,7 @@ impl Lives {
             let process = self.begin(Side::Destination, number);
             let life = site.start(&process);
             process.has_started();
-            let has_lost_power = self.end(&process).await;
+            let has_lost_power = self.end(&process).await || site.must_not_be_killed();
             site.bury(&life, has_lost_power);
             drop(life);
             self.world.rest(10, 800).await;

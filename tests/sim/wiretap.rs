@@ -33,7 +33,6 @@ struct Inner {
     /// Nonzero ids that have come, and when they last did.
     came: BTreeMap<BlockId, u64>,
     asked: u64,
-    answered: u64,
     lost: u64,
     distinct: BTreeSet<BlockId>,
     last_frame: Option<Frame>,
@@ -51,7 +50,6 @@ struct Asked {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tally {
     pub asked: u64,
-    pub answered: u64,
     pub lost: u64,
     pub distinct: u64,
 }
@@ -163,7 +161,6 @@ impl Wiretap {
                     return Data::Block { flight, id, frame: Some(frame) }.encode().concat().into();
                 }
                 let asked = inner.open.remove(&flight);
-                inner.answered += 1;
                 if id.is_zero() {
                     return message;
                 }
