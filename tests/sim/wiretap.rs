@@ -75,7 +75,7 @@ impl Wiretap {
 
     pub fn tally(&self) -> Tally {
         let inner = self.inner.lock();
-        Tally { asked: inner.asked, answered: inner.answered, lost: inner.lost, distinct: inner.distinct.len() as u64 }
+        Tally { asked: inner.asked, lost: inner.lost, distinct: inner.distinct.len() as u64 }
     }
 
     pub fn control(&self, from: Side, frame: &Bytes) {
