@@ -87,7 +87,10 @@ impl DiskFile {
                 0 => 0,
                 1 => last,
                 2 => versions.iter().take_while(|(write, _)| *write < first_lost).count(),
-                3 => versions.iter().take_while(|(write, _)| crate::random::mix(*write ^ first_lost) % 3 > 0).count(),
+                3 => versions
+                    .iter()
+                    .take_while(|(write, _)| !crate::random::mix(*write ^ first_lost).is_multiple_of(3))
+                    .count(),
                 _ => random.below(last as u64 + 1) as usize,
             };
             if let Some((_, content)) = versions.get(chosen) {

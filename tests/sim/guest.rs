@@ -68,7 +68,7 @@ impl Guest {
             40..66 => self.write(served, offset, len_bytes, tag, false).await,
             66..72 => self.write(served, offset, len_bytes, tag, true).await,
             72..80 => self.flush(served).await,
-            80..86 => self.zero(served, offset, len_bytes, kind % 2 == 0, count.is_multiple_of(4)).await,
+            80..86 => self.zero(served, offset, len_bytes, kind.is_multiple_of(2), count.is_multiple_of(4)).await,
             86..91 => self.trim(served, offset, len_bytes).await,
             91..94 => served.volume.prefetch(offset, len_bytes),
             94..97 => self.allocation(served, offset, len_bytes).await,

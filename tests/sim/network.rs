@@ -138,7 +138,7 @@ impl Wire {
             let class = *duty.promoted.borrow_and_update();
             let is_free = self
                 .world
-                .until(|weather| !weather.is_link_stalled && !(weather.is_bulk_starved && class == Class::Bulk));
+                .until(|weather| !(weather.is_link_stalled || weather.is_bulk_starved && class == Class::Bulk));
             tokio::select! {
                 biased;
                 () = is_free => return,

@@ -118,9 +118,7 @@ impl Wiretap {
                 }
             }
             Control::Forget { flight } => {
-                if inner.open.remove(&flight).is_some() {
-                    inner.lost += 1;
-                }
+                inner.lost += u64::from(inner.open.remove(&flight).is_some());
             }
             // A promotion is bound by no window: what it was sent as counts, and that place is free again.
             Control::Promote { flight, .. } => {
