@@ -133,9 +133,9 @@ impl Journal {
         self.stop(&mut self.live_turn.lock())
     }
 
-    /// Whether [`Journal::stop_live`] was asked for and has not succeeded yet.
+    /// Whether [`Journal::stop_live`] was asked for and has not succeeded yet. Waits for nobody: whoever has the turn sees to it.
     pub(super) fn is_stopping(&self) -> bool {
-        *self.live_turn.lock() == Live::Stopping
+        self.live_turn.try_lock().is_some_and(|live| *live == Live::Stopping)
     }
 
     fn stop(&self, live: &mut Live) -> Result<(), StateError> {
