@@ -1,6 +1,8 @@
 //! Threads for blocking work (read, hash, compress): some for what guests wait for, the rest, at low priority, for bulk.
 //! Must not know what the work is.
 
+use std::sync::Arc;
+
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, select};
 use tokio::sync::oneshot;
 
@@ -17,11 +19,27 @@ pub enum Urgency {
     Background,
 }
 
-type Job = Box<dyn FnOnce() + Send>;
+/// A piece of blocking work.
+pub type Job = Box<dyn FnOnce() + Send>;
 
-/// A fixed set of threads, which end when the last handle is dropped.
+/// Who runs jobs where there are to be no threads: a simulation, which decides itself what is done when.
+pub trait Executor: Send + Sync + 'static {
+    /// Runs `job` some time later, or drops it. No `urgency`: work that may take seconds, apart from everything else.
+    fn execute(&self, urgency: Option<Urgency>, job: Job);
+}
+
+/// A fixed set of threads, which end when the last handle is dropped; or an [`Executor`].
 #[derive(Clone)]
-pub struct Workers {
+pub struct Workers(How);
+
+#[derive(Clone)]
+enum How {
+    Threads(Lanes),
+    Executor(Arc<dyn Executor>),
+}
+
+#[derive(Clone)]
+struct Lanes {
     urgent: Sender<Job>,
     change: Sender<Job>,
     soon: Sender<Job>,
@@ -54,7 +72,13 @@ impl Workers {
             let (soon, background) = (soon_queue.clone(), background_queue.clone());
             spawn(format!("b{nth}"), Box::new(move || run_in_background(&soon, &background)))?;
         }
-        Ok(Workers { urgent: urgent_jobs, change: change_jobs, soon: soon_jobs, background: background_jobs })
+        let lanes = Lanes { urgent: urgent_jobs, change: change_jobs, soon: soon_jobs, background: background_jobs };
+        Ok(Workers(How::Threads(lanes)))
+    }
+
+    /// No threads: `executor` runs every job.
+    pub fn over(executor: Arc<dyn Executor>) -> Workers {
+        Workers(How::Executor(executor))
     }
 
     /// Runs `work` on a thread of its urgency. None only when the threads are gone or the work panicked.
@@ -71,11 +95,18 @@ impl Workers {
                 Err(_) => tracing::error!("a worker's job panicked; its request is answered with an error"),
             }
         });
+        let lanes = match &self.0 {
+            How::Threads(lanes) => lanes,
+            How::Executor(executor) => {
+                executor.execute(Some(urgency), job);
+                return answer.await.ok();
+            }
+        };
         let jobs = match urgency {
-            Urgency::Urgent => &self.urgent,
-            Urgency::Change => &self.change,
-            Urgency::Soon => &self.soon,
-            Urgency::Background => &self.background,
+            Urgency::Urgent => &lanes.urgent,
+            Urgency::Change => &lanes.change,
+            Urgency::Soon => &lanes.soon,
+            Urgency::Background => &lanes.background,
         };
         if let Err(refused) = jobs.try_send(job) {
             let jobs = jobs.clone();
@@ -84,6 +115,32 @@ impl Workers {
         }
         answer.await.ok()
     }
+
+    /// Runs `work`, which may take seconds, on a thread that nobody else needs.
+    pub async fn run_apart<T: Send + 'static>(
+        &self,
+        runtime: &tokio::runtime::Handle,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Unfinished> {
+        match &self.0 {
+            How::Threads(_) => {
+                let done = runtime.spawn_blocking(work).await;
+                done.map_err(|ended| Unfinished { has_panicked: ended.is_panic() })
+            }
+            How::Executor(executor) => {
+                let (reply, answer) = oneshot::channel();
+                executor.execute(None, Box::new(move || drop(reply.send(work()))));
+                answer.await.map_err(|_| Unfinished { has_panicked: false })
+            }
+        }
+    }
+}
+
+/// Work that was begun, perhaps, and did not come to its end.
+#[derive(Clone, Copy, Debug)]
+pub struct Unfinished {
+    /// It panicked; otherwise the runtime has ended.
+    pub has_panicked: bool,
 }
 
 /// Takes from `soon` first, until both have no more senders.

@@ -127,6 +127,9 @@ pub(super) async fn run(
             }
         };
         tokio::select! {
+            // In this order: commands never stop while there is much to do, and the clock's turn comes seldom.
+            biased;
+            _ = tick.tick() => actor.tick(),
             command = inbox.recv() => {
                 let Some(command) = command else { return };
                 actor.handle(command);
@@ -136,7 +139,6 @@ pub(super) async fn run(
                     actor.handle(command);
                 }
             }
-            _ = tick.tick() => actor.tick(),
             () = timer => {
                 let now = actor.now();
                 actor.scheduler.tick(now);

@@ -15,6 +15,7 @@ use crate::core::frame::Frame;
 use crate::core::ids::{BlockId, Name};
 use crate::core::manifest::PageIndex;
 use crate::core::wire::{Control, Data, Refusal, RootEntry, VERSIONS, WireError};
+use crate::seeded_bugs::{Bug, is_planted};
 use crate::transport::{LinkReceivers, NewLink};
 use crate::workers::{Urgency, Workers};
 
@@ -128,6 +129,7 @@ async fn run(
     let bulk_data = verify(peer, generation, &mut bulk, Urgency::Background, Some(budget), workers, commands);
     // Whichever ends first ends the connection: the other streams are of no use without it.
     tokio::select! {
+        biased;
         end = controls => end,
         end = urgent_data => end,
         end = bulk_data => end,
@@ -146,6 +148,11 @@ async fn verify(
     let mut under_way = FuturesUnordered::new();
     loop {
         tokio::select! {
+            biased;
+            Some(checked) = under_way.next(), if !under_way.is_empty() => {
+                let message = checked?;
+                send(commands, Command::Arrived { peer, generation, message });
+            }
             message = messages.recv(), if under_way.len() < AT_A_TIME => {
                 let Some(message) = message else { return Ok(()) };
                 // Each waits for memory by itself: those that have theirs must get on, or several peers could wait for
@@ -163,10 +170,6 @@ async fn verify(
                     checked.ok_or("a check failed inside")?.map_err(|error| error.to_string())
                 });
             }
-            Some(checked) = under_way.next(), if !under_way.is_empty() => {
-                let message = checked?;
-                send(commands, Command::Arrived { peer, generation, message });
-            }
         }
     }
 }
@@ -177,6 +180,15 @@ fn check(message: Bytes, budget: Budgeted) -> Result<Arrived, WireError> {
         Data::Block { flight, id, frame: None } => {
             Arrived::Block { flight, id, bytes: Bytes::new(), frame: None, wire_bytes, budget }
         }
+        Data::Block { flight, id, frame: Some(frame) } if is_planted(Bug::FailureAsZeros) => {
+            let zeros = || Bytes::from(vec![0; frame.raw_len_bytes as usize]);
+            let bytes = frame.decode_verified(&id).unwrap_or_else(|_| zeros());
+            Arrived::Block { flight, id, bytes, frame: Some(frame), wire_bytes, budget }
+        }
+        Data::Block { flight, id, frame: Some(frame) } if is_planted(Bug::AnswerNotVerified) => match frame.decode() {
+            Ok(bytes) => Arrived::Block { flight, id, bytes, frame: Some(frame), wire_bytes, budget },
+            Err(error) => Arrived::Damaged { flight, why: error.to_string() },
+        },
         Data::Block { flight, id, frame: Some(frame) } => match frame.decode_verified(&id) {
             Ok(bytes) => Arrived::Block { flight, id, bytes, frame: Some(frame), wire_bytes, budget },
             Err(error) => Arrived::Damaged { flight, why: error.to_string() },

@@ -183,16 +183,27 @@ impl Fetch {
         let (commands, inbox) = mpsc::unbounded_channel();
         let budget = Arc::new(tokio::sync::Semaphore::new(BULK_BUDGET_KIB));
         let lanes = lanes::StoreLanes::start(store, Arc::clone(&budget), commands.downgrade())?;
+        Ok(Fetch::over(limits, lanes, commands, inbox, budget))
+    }
+
+    /// As [`Fetch::start`] without threads: `workers` run the store's calls.
+    pub fn start_in_runtime(limits: Limits, store: Arc<dyn Store>, workers: Workers) -> Fetch {
+        let (commands, inbox) = mpsc::unbounded_channel();
+        let budget = Arc::new(tokio::sync::Semaphore::new(BULK_BUDGET_KIB));
+        let lanes = lanes::StoreLanes::start_in_runtime(store, Arc::clone(&budget), commands.downgrade(), workers);
+        Fetch::over(limits, lanes, commands, inbox, budget)
+    }
+
+    fn over(
+        limits: Limits,
+        lanes: lanes::StoreLanes,
+        commands: mpsc::UnboundedSender<Command>,
+        inbox: mpsc::UnboundedReceiver<Command>,
+        budget: Arc<tokio::sync::Semaphore>,
+    ) -> Fetch {
         tokio::spawn(actor::run(limits, lanes.clone(), inbox, Arc::clone(&budget)));
-        Ok(Fetch {
-            inner: Arc::new(Inner {
-                commands,
-                next_waiter: AtomicU64::new(1),
-                next_volume: AtomicU32::new(1),
-                store: lanes,
-                budget,
-            }),
-        })
+        let (next_waiter, next_volume) = (AtomicU64::new(1), AtomicU32::new(1));
+        Fetch { inner: Arc::new(Inner { commands, next_waiter, next_volume, store: lanes, budget }) }
     }
 
     /// A peer whose connections come out of `links`, each replacing the one before.

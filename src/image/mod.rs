@@ -1,13 +1,13 @@
 //! Where bytes lie: raw files and block devices, sparse-aware, with positioned I/O.
 //! Must not know peers, volumes or residency.
 
+mod backend;
 mod error;
 mod open;
 
-use std::fs::File;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -15,12 +15,14 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 use serde::{Deserialize, Serialize};
 
+pub use backend::Backend;
+use backend::Medium;
 pub use error::ImageError;
 
 /// An opened raw image. Positioned I/O only, so that any number of threads may share it.
 #[derive(Debug)]
 pub struct Image {
-    file: File,
+    file: Medium,
     path: PathBuf,
     size_bytes: u64,
     is_block_device: bool,
@@ -101,6 +103,11 @@ impl Image {
     /// Fills `buf` if the page cache has all of it (RWF_NOWAIT); None if the disk would have to be waited for, or the file
     /// system cannot tell.
     pub fn read_cached_at(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), ImageError>> {
+        if let Err(other) = self.file.file() {
+            return other
+                .read_cached_at(buf, offset)
+                .map(|read| read.map_err(|error| self.io("reading", offset, error)));
+        }
         let vector = nix::libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
         // SAFETY: one vector over `buf`, which is exclusively ours during the call, on a descriptor that `self` keeps open.
         let count =
@@ -120,11 +127,18 @@ impl Image {
         if len_bytes == 0 {
             return Ok(());
         }
+        let file = match self.file.file() {
+            Ok(file) => file,
+            Err(other) => {
+                let done = other.write_zeroes(offset, len_bytes, may_punch);
+                return done.map_err(|error| self.io("zeroing", offset, error));
+            }
+        };
         let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let zero = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let modes: &[FallocateFlags] = if may_punch { &[punch, zero] } else { &[zero] };
         for mode in modes {
-            match retry_interrupted(|| fallocate(self.file.as_fd(), *mode, offset as i64, len_bytes as i64)) {
+            match retry_interrupted(|| fallocate(file.as_fd(), *mode, offset as i64, len_bytes as i64)) {
                 Ok(()) => return Ok(()),
                 Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENODEV) => {}
                 Err(errno) => return Err(self.io("zeroing", offset, errno.into())),
@@ -148,6 +162,9 @@ impl Image {
     /// Asks the kernel to begin writing what is dirty, without waiting for it: the next [`Image::sync_data`] finds less to do and holds up
     /// nobody for long. Advice only.
     pub fn begin_writeback(&self) {
+        if self.file.file().is_err() {
+            return;
+        }
         // SAFETY: plain integers and a descriptor that `self` keeps open; 0, 0 means all of the file.
         unsafe {
             nix::libc::sync_file_range(self.file.as_raw_fd(), 0, 0, nix::libc::SYNC_FILE_RANGE_WRITE);
@@ -163,13 +180,17 @@ impl Image {
         if self.is_block_device {
             return Ok(Some(from..self.size_bytes));
         }
-        let start = match lseek(self.file.as_fd(), from as i64, Whence::SeekData) {
+        let file = match self.file.file() {
+            Ok(file) => file,
+            Err(other) => return other.next_data(from).map_err(|error| self.io("looking for data in", from, error)),
+        };
+        let start = match lseek(file.as_fd(), from as i64, Whence::SeekData) {
             Ok(start) => start as u64,
             Err(Errno::ENXIO) => return Ok(None),
             Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(Some(from..self.size_bytes)),
             Err(errno) => return Err(self.io("looking for data in", from, errno.into())),
         };
-        let end = match lseek(self.file.as_fd(), start as i64, Whence::SeekHole) {
+        let end = match lseek(file.as_fd(), start as i64, Whence::SeekHole) {
             Ok(end) => (end as u64).min(self.size_bytes),
             Err(Errno::ENXIO) => self.size_bytes,
             Err(errno) => return Err(self.io("looking for holes in", start, errno.into())),
@@ -187,7 +208,11 @@ impl Image {
         if self.is_block_device {
             return Ok(None);
         }
-        let meta = self.file.metadata().map_err(|error| self.io("examining", 0, error))?;
+        let file = match self.file.file() {
+            Ok(file) => file,
+            Err(other) => return other.stamp().map(Some).map_err(|error| self.io("examining", 0, error)),
+        };
+        let meta = file.metadata().map_err(|error| self.io("examining", 0, error))?;
         let ns = |seconds: i64, nanoseconds: i64| i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds);
         Ok(Some(Stamp {
             device: meta.dev(),
@@ -203,11 +228,15 @@ impl Image {
         if self.is_block_device {
             return Ok(self.size_bytes);
         }
-        let meta = self.file.metadata().map_err(|error| self.io("examining", 0, error))?;
+        let file = match self.file.file() {
+            Ok(file) => file,
+            Err(other) => return other.allocated_bytes().map_err(|error| self.io("examining", 0, error)),
+        };
+        let meta = file.metadata().map_err(|error| self.io("examining", 0, error))?;
         Ok(meta.blocks() * 512)
     }
 
-    /// The descriptor, for drivers that submit I/O by other means.
+    /// The descriptor, for drivers that submit I/O by other means; -1 if there is none ([`Image::over`]).
     pub fn raw_fd(&self) -> i32 {
         self.file.as_raw_fd()
     }

@@ -2,12 +2,13 @@
 
 use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use super::backend::Medium;
 use super::{Image, ImageError};
 
 impl Image {
@@ -51,9 +52,10 @@ impl Image {
         }
         let options = OpenOptions::new().read(true).write(true).create_new(true).to_owned();
         let file = open(path, &options, "writing")?;
+        let file = Medium::File(file);
         let image = Image { file, path: path.to_owned(), size_bytes, is_block_device: false, is_writable: true };
         image.lock()?;
-        let made = image.file.set_len(size_bytes).and_then(|()| image.file.sync_all()).and_then(|()| {
+        let made = image.file.make(size_bytes).and_then(|()| {
             // The name has to survive a power loss as well as the content does.
             match path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
                 Some(folder) => File::open(folder)?.sync_all(),
@@ -84,6 +86,7 @@ impl Image {
                 return Err(not_an_image("is a qcow2 or vmdk container, not a raw image (qemu-img convert makes one)"));
             }
         }
+        let file = Medium::File(file);
         Ok(Image { file, path: path.to_owned(), size_bytes, is_block_device: kind.is_block_device(), is_writable })
     }
 

@@ -1,6 +1,6 @@
 //! Images on a real file system.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;

@@ -4,13 +4,14 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::queue::{Item, Promoted, SendQueue};
 use super::{Catalog, Hasher, SourceVolume};
@@ -18,6 +19,7 @@ use crate::core::frame::Frame;
 use crate::core::ids::{BlockId, Class, Name};
 use crate::core::manifest::PageIndex;
 use crate::core::wire::{Control, Data, MAX_ROOTS_PER_MESSAGE, Refusal, VERSIONS, choose_version};
+use crate::seeded_bugs::{Bug, is_planted};
 use crate::transport::{DataTicket, Link, LinkReceivers, NewLink};
 use crate::workers::{Urgency, Workers};
 
@@ -110,6 +112,7 @@ pub async fn serve_link(
         bulk_bytes: AtomicU64::new(0),
     });
     let end = tokio::select! {
+        biased;
         end = requests(&session, &catalog, &mut receivers) => end,
         // One for each, so that what a guest waits for never waits behind readahead that waits for the link.
         () = pump(&session, Class::Demand, URGENT_AT_A_TIME) => String::new(),
@@ -268,8 +271,9 @@ async fn pump(session: &Arc<Session>, class: Class, at_a_time: usize) {
             under_way.push(session.serve(item, class));
         }
         tokio::select! {
-            () = news.notified() => {}
+            biased;
             Some(wait) = under_way.next(), if !under_way.is_empty() => waited += wait,
+            () = news.notified() => {}
         }
         if class == Class::Bulk && judged_at.elapsed() > Duration::from_millis(500) {
             session.judge_level(waited, judged_at.elapsed(), under_way.len());
@@ -302,6 +306,7 @@ impl Session {
         let promoted = self.queue.lock().promote(flight, class);
         match promoted {
             Promoted::Requeued => self.news.iter().for_each(Notify::notify_one),
+            Promoted::UnderWay | Promoted::Unknown if is_planted(Bug::PromotionLostAtSource) => {}
             Promoted::UnderWay => self.promoted.notify_waiters(),
             Promoted::Unknown => {
                 if let Some(ticket) = self.tickets.lock().by_flight.get(&flight) {
@@ -359,6 +364,7 @@ impl Session {
                     break;
                 }
                 tokio::select! {
+                    biased;
                     // An error means that the link is gone, which the session's end is told by others.
                     sent = &mut sent => return sent.ok().map(|ticket| (ticket, class)),
                     () = promoted => {}

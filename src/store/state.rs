@@ -4,6 +4,7 @@
 //! Unlike the content store this is never thrown away: what cannot be opened is an error for somebody to look at.
 
 use std::path::PathBuf;
+use std::sync::{Arc, LazyLock};
 
 /// A key and its value.
 pub type StateEntry = (Vec<u8>, Vec<u8>);
@@ -30,6 +31,12 @@ pub trait State: Send + Sync + 'static {
     /// Returns when everything that was written is durable.
     fn sync(&self) -> Result<(), StateError>;
 
+    /// Which boot of the machine this is, where the kernel tells: what was written since its beginning is there whether it was
+    /// synced or not, whatever became of processes.
+    fn boot(&self) -> Option<Arc<str>> {
+        BOOT.clone()
+    }
+
     /// Sets the value of one key, durable at the next sync.
     fn put(&self, key: &[u8], value: &[u8]) -> Result<(), StateError> {
         let mut batch = StateBatch::default();
@@ -54,6 +61,12 @@ pub trait State: Send + Sync + 'static {
         Ok(found)
     }
 }
+
+/// A new one at every boot, and never the same again.
+static BOOT: LazyLock<Option<Arc<str>>> = LazyLock::new(|| {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().into()).filter(|id: &Arc<str>| !id.is_empty())
+});
 
 /// Changes that take effect together, in their order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

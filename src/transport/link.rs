@@ -69,16 +69,17 @@ pub struct DataTicket {
     acked: oneshot::Receiver<Result<(), LinkError>>,
 }
 
-/// The end of a [`DataTicket`] that the sending task holds.
+/// The end of a [`DataTicket`] that the sending task holds: whoever implements [`Link`].
 #[derive(Debug)]
-pub(super) struct TicketDuty {
+pub struct TicketDuty {
     /// The class to send at from now on.
-    pub(super) promoted: watch::Receiver<Class>,
+    pub promoted: watch::Receiver<Class>,
     acked: oneshot::Sender<Result<(), LinkError>>,
 }
 
 impl DataTicket {
-    pub(super) fn new(class: Class) -> (DataTicket, TicketDuty) {
+    /// For a message that was sent as `class`.
+    pub fn new(class: Class) -> (DataTicket, TicketDuty) {
         let (promoted, on_promoted) = watch::channel(class);
         let (on_acked, acked) = oneshot::channel();
         (DataTicket { promoted, acked }, TicketDuty { promoted: on_promoted, acked: on_acked })
@@ -104,7 +105,7 @@ impl DataTicket {
 
 impl TicketDuty {
     /// Waits for the next promotion; for ever once the ticket is gone.
-    pub(super) async fn next_promotion(&mut self) -> Class {
+    pub async fn next_promotion(&mut self) -> Class {
         match self.promoted.changed().await {
             Ok(()) => *self.promoted.borrow_and_update(),
             Err(_) => std::future::pending().await,
@@ -112,7 +113,7 @@ impl TicketDuty {
     }
 
     /// Answers [`DataTicket::acked`].
-    pub(super) fn settle(self, outcome: Result<(), LinkError>) {
+    pub fn settle(self, outcome: Result<(), LinkError>) {
         // Nobody has to wait for it.
         let _ = self.acked.send(outcome);
     }

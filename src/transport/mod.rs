@@ -35,5 +35,5 @@ pub use futures::future::BoxFuture;
 pub use endpoint::{BindError, Endpoint, EndpointOptions, PeerTarget};
 pub use identity::{BadFingerprint, Fingerprint, Identity, IdentityError, Trust};
 pub use limits::{MAX_CONTROL_FRAME_BYTES, MAX_DATA_MESSAGE_BYTES};
-pub use link::{DataTicket, Link, LinkError, LinkReceivers, NewLink, PathStats};
+pub use link::{DataTicket, Link, LinkError, LinkReceivers, NewLink, PathStats, TicketDuty};
 pub use reconnect::{Backoff, KeepConnected, keep_connected};

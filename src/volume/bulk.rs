@@ -15,6 +15,7 @@ use super::{Volume, VolumeError};
 use crate::core::ids::{BlockIndex, Class};
 use crate::core::manifest::{Page, PageIndex};
 use crate::fetch::FetchError;
+use crate::seeded_bugs::{Bug, is_planted};
 use crate::workers::Urgency;
 
 /// Wants of one volume that the fetcher holds at a time: more than any bandwidth-delay product needs in blocks.
@@ -119,11 +120,12 @@ pub async fn run_bulk(volume: Arc<Volume>, with_bulk: bool) -> Result<(), Volume
         }
     };
     tokio::select! {
+        biased;
         copied = copied => copied?,
         () = checkpoints => {}
     }
     // The last blocks become durable before anybody is told that they are here.
-    loop {
+    while !is_planted(Bug::CompleteBeforeSync) {
         match volume.flush().await {
             Ok(()) => break,
             Err(error @ (VolumeError::SyncFailed { .. } | VolumeError::ShuttingDown)) => return Err(error),
@@ -189,6 +191,7 @@ async fn copy_once(volume: &Arc<Volume>, relocation: &Arc<Relocation>) -> Result
             tokio::pin!(load);
             loop {
                 tokio::select! {
+                    biased;
                     ids = &mut load => break ids?,
                     Some(landed) = under_way.next(), if !under_way.is_empty() => landed?,
                 }
@@ -226,6 +229,7 @@ async fn until_running<F: Future<Output = Result<(), VolumeError>>>(
     tokio::pin!(running);
     loop {
         tokio::select! {
+            biased;
             () = &mut running => return Ok(()),
             Some(landed) = under_way.next(), if !under_way.is_empty() => landed?,
         }

@@ -9,8 +9,9 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::core::ids::{BlockIndex, SECTOR_BYTES};
 use crate::core::manifest::Geometry;
-use crate::core::residency::{Merge, Residency, ResidentBits};
+use crate::core::residency::{Merge, Residency, ResidentBits, SectorMask};
 use crate::image::{Image, ImageError};
+use crate::seeded_bugs::{Bug, is_planted};
 
 /// Locks over blocks that are not resident: a guest's write and the landing of the same block take turns. Never taken for
 /// a resident block, never held across a fetch.
@@ -69,7 +70,8 @@ impl Disk {
 
     /// Whether these bytes of a block may be read from the file now. Once true, it stays true.
     pub(super) fn is_readable(&self, block: BlockIndex, bytes: Range<u32>) -> bool {
-        self.bits.is_resident(block) || self.residency.lock().mask(block).is_some_and(|mask| mask.covers(bytes))
+        let is_covered = |mask: &SectorMask| mask.covers(bytes) || is_planted(Bug::SectorMaskIgnored);
+        self.bits.is_resident(block) || self.residency.lock().mask(block).is_some_and(is_covered)
     }
 
     /// Whether a write of these bytes can be remembered by sectors.
@@ -128,7 +130,11 @@ impl Disk {
         let offset = self.geometry.offset_of(block);
         // Not one expression with the match: the residency lock must not be held while the file is written.
         let merge = self.residency.lock().merge(block);
+        if is_planted(Bug::PresenceBeforeData) {
+            self.residency.lock().record_fetched(block);
+        }
         match merge {
+            Merge::Ranges(_) if is_planted(Bug::FetchedOverGuests) => self.image.write_at(offset, bytes)?,
             Merge::Drop => return Ok(false),
             Merge::Whole => self.image.write_at(offset, bytes)?,
             Merge::Ranges(ranges) => {
@@ -171,7 +177,7 @@ impl Disk {
                 Merge::Whole => std::iter::once(0..len).collect(),
                 Merge::Ranges(ranges) => ranges,
             };
-            if may_hold_residue {
+            if may_hold_residue && !is_planted(Bug::ResidueUnderZeros) {
                 for range in ranges {
                     let start = offset + u64::from(range.start);
                     let len_bytes = u64::from(range.end - range.start);

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::{Mutex, Notify, OwnedMutexGuard};
 
+use crate::seeded_bugs::{Bug, is_planted};
+
 const CLOSED: u64 = 1 << 63;
 
 /// Counts the writes under way; once closed, admits no more.
@@ -21,6 +23,7 @@ pub(super) struct Admitted(Arc<WriteGate>);
 
 impl WriteGate {
     pub(super) fn new(is_open: bool) -> WriteGate {
+        let is_open = is_open || is_planted(Bug::GateOpenBeforeOwnership);
         WriteGate { state: AtomicU64::new(if is_open { 0 } else { CLOSED }), drained: Notify::new() }
     }
 
@@ -42,7 +45,7 @@ impl WriteGate {
             let drained = self.drained.notified();
             tokio::pin!(drained);
             drained.as_mut().enable();
-            if self.state.load(Ordering::Acquire) == CLOSED {
+            if self.state.load(Ordering::Acquire) == CLOSED || is_planted(Bug::FenceDoesNotWait) {
                 return;
             }
             drained.await;

@@ -5,7 +5,7 @@
 //! acknowledged. If the daemon is killed, the kernel still has these rows and the bytes that they speak of; after a power loss it has
 //! neither for certain, so they are believed only under the boot that wrote them.
 
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
@@ -13,6 +13,7 @@ use super::VolumeError;
 use super::disk::Disk;
 use crate::core::ids::Name;
 use crate::core::residency::Residency;
+use crate::seeded_bugs::{Bug, is_planted};
 use crate::store::{State, StateBatch, StateError};
 
 #[derive(Clone)]
@@ -21,29 +22,36 @@ pub(super) struct Journal {
     volume: Name,
     /// Which boot of the machine this is, where the kernel tells.
     boot: Option<Arc<str>>,
-    /// Held while a row is noted; true once nothing may be noted any more.
-    live_turn: Arc<Mutex<bool>>,
+    /// Held while a row is noted.
+    live_turn: Arc<Mutex<Live>>,
 }
 
-/// A new one at every boot, and never the same again.
-static BOOT: LazyLock<Option<Arc<str>>> = LazyLock::new(|| {
-    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    Some(id.trim().into()).filter(|id: &Arc<str>| !id.is_empty())
-});
+/// Whether rows that are not synced may be believed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Live {
+    #[default]
+    Noted,
+    /// No more, but what is there could not be dropped yet.
+    Stopping,
+    /// Nothing is noted any more, and nothing is there.
+    Stopped,
+}
 
 impl Journal {
     pub(super) fn new(state: Arc<dyn State>, volume: Name) -> Journal {
-        Journal { state, volume, boot: BOOT.clone(), live_turn: Arc::default() }
+        let boot = state.boot().filter(|_| !is_planted(Bug::UnsyncedRowsBelievedAfterPowerLoss));
+        let boot = boot.or_else(|| is_planted(Bug::UnsyncedRowsBelievedAfterPowerLoss).then(|| "any".into()));
+        Journal { boot, state, volume, live_turn: Arc::default() }
     }
 
     /// A guest's write to these blocks is in the file: notes it where it changed their residency, or fell on residency that is not
     /// noted yet. Called before the write is acknowledged.
     pub(super) fn note_live(&self, disk: &Disk, blocks: std::ops::Range<u64>) -> Result<(), StateError> {
-        let Some(boot) = &self.boot else { return Ok(()) };
+        let Some(boot) = self.boot.as_ref().filter(|_| !is_planted(Bug::UnsyncedRowsSkipped)) else { return Ok(()) };
         // One at a time: who finds nothing to note relies on the row of another being written, not on its way.
-        let is_stopped = self.live_turn.lock();
-        if *is_stopped {
-            return Ok(());
+        let mut live = self.live_turn.lock();
+        if *live != Live::Noted {
+            return self.stop(&mut live);
         }
         let chunks = disk.residency().take_unnoted(blocks);
         if chunks.is_empty() {
@@ -119,18 +127,32 @@ impl Journal {
         }
     }
 
-    /// As [`Journal::forget_live`], and nothing more is noted until a restart.
+    /// As [`Journal::forget_live`], and nothing more is noted until a restart. If it fails it is to be asked for again, as the same
+    /// trouble may have befallen file and database: a restart must not find the rows.
     pub(super) fn stop_live(&self) -> Result<(), StateError> {
-        let mut is_stopped = self.live_turn.lock();
-        *is_stopped = true;
-        self.forget_live()
+        self.stop(&mut self.live_turn.lock())
+    }
+
+    /// Whether [`Journal::stop_live`] was asked for and has not succeeded yet. Waits for nobody: whoever has the turn sees to it.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.live_turn.try_lock().is_some_and(|live| *live == Live::Stopping)
+    }
+
+    fn stop(&self, live: &mut Live) -> Result<(), StateError> {
+        if *live != Live::Stopped {
+            *live = Live::Stopping;
+            self.forget_live()?;
+            *live = Live::Stopped;
+        }
+        Ok(())
     }
 
     /// The disk failed to sync: the kernel may have dropped bytes that unsynced rows speak of, under this very boot.
     pub(super) fn forget_live(&self) -> Result<(), StateError> {
         let mut batch = StateBatch::default();
         batch.delete_prefix(self.key("live/"));
-        self.state.write_batch(batch, true)
+        // Not synced: under another boot they are not believed anyway, and a database that cannot sync may still write.
+        self.state.write_batch(batch, false)
     }
 
     /// Nothing is known of this volume any more, durably.
@@ -181,5 +203,27 @@ mod tests {
         journal.restore(&mut residency, false).expect("restores");
         assert!(!residency.bits().is_resident(BlockIndex(2)), "a file that could not be synced");
         assert_eq!(restored(&journal), (None, false, false), "nor later");
+    }
+
+    #[test]
+    fn rows_that_could_not_be_dropped_are_dropped_with_the_next_write() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let geometry = Geometry::new(4 << 16, 1 << 16).expect("a geometry");
+        let image = Arc::new(Image::create(&dir.path().join("d"), 4 << 16).expect("creates"));
+        let disk = Disk::new(image, Residency::new(geometry), geometry, false);
+        let state = Arc::new(MemoryState::new());
+        let journal = Journal::new(Arc::clone(&state) as Arc<dyn State>, "vm".parse().expect("a name"));
+        disk.write(BlockIndex(1), 0, &[7; 1 << 16]).expect("writes");
+        journal.note_live(&disk, 1..2).expect("notes");
+        state.fail_with(Some("no room"));
+        journal.stop_live().expect_err("the database fails as the file does");
+        assert!(journal.is_stopping());
+        journal.note_live(&disk, 1..2).expect_err("nothing is acknowledged that a restart would forget in part");
+        state.fail_with(None);
+        journal.note_live(&disk, 1..2).expect("drops");
+        assert!(!journal.is_stopping());
+        let mut residency = Residency::new(geometry);
+        journal.restore(&mut residency, true).expect("restores");
+        assert!(!residency.bits().is_resident(BlockIndex(1)));
     }
 }

@@ -25,6 +25,7 @@ use crate::core::ids::{BlockIndex, Name};
 use crate::core::manifest::Geometry;
 use crate::core::residency::Residency;
 use crate::image::{Image, ImageError};
+use crate::seeded_bugs::{Bug, is_planted};
 use crate::store::State;
 use crate::workers::{Urgency, Workers};
 
@@ -272,7 +273,7 @@ impl Volume {
         }
         let (change, disk) = (self.change(admitted, range), Arc::clone(&self.disk));
         self.on_change_lane(move || change.run(|| put(&disk, is_complete, offset, &data))).await?;
-        if fua { self.flush().await } else { Ok(()) }
+        if fua && !is_planted(Bug::FuaWithoutFlush) { self.flush().await } else { Ok(()) }
     }
 
     /// As [`Volume::write`], on the calling thread, which waits for the disk if that is slow. None, and nothing done, where
@@ -280,7 +281,8 @@ impl Volume {
     /// else's, a hand-over.
     pub fn write_here(&self, offset: u64, data: &[u8], fua: bool) -> Option<Result<(), VolumeError>> {
         let range = offset..offset + data.len() as u64;
-        if range.is_empty() || !self.is_guest_noted.load(Ordering::Acquire) {
+        let is_first = !self.is_guest_noted.load(Ordering::Acquire);
+        if range.is_empty() || is_first || self.is_sync_broken.load(Ordering::Acquire) {
             return None;
         }
         let admitted = match self.admit() {
@@ -295,7 +297,7 @@ impl Volume {
         self.guest_writes();
         let done = self.change(admitted, range).try_run(|| put(&self.disk, is_complete, offset, data))?;
         Some(match (done, turn) {
-            (Ok(()), Some(turn)) => self.sync_here(turn),
+            (Ok(()), Some(turn)) if !is_planted(Bug::FuaWithoutFlush) => self.sync_here(turn),
             (done, _) => done,
         })
     }
@@ -356,21 +358,31 @@ impl Volume {
     /// As [`Volume::flush`], on the calling thread, which waits for the disk. None, and nothing done, where another flush is
     /// under way.
     pub fn flush_here(&self) -> Option<Result<(), VolumeError>> {
+        if self.is_sync_broken.load(Ordering::Acquire) {
+            return None;
+        }
         Some(self.sync_here(self.flushes.try_turn()?))
     }
 
     /// Whether there is residency that is not durable yet.
     pub fn needs_checkpoint(&self) -> bool {
-        !self.is_complete() && self.disk.residency().is_dirty()
+        !self.is_complete() && (self.disk.residency().is_dirty() || self.journal.is_stopping())
     }
 
     async fn sync(&self, turn: gate::Turn) -> Result<(), VolumeError> {
+        if self.is_sync_broken.load(Ordering::Acquire) && self.journal.is_stopping() {
+            let journal = self.journal.clone();
+            let dropped = self.workers.run_apart(&self.runtime, move || journal.stop_live()).await;
+            if let Ok(Err(error)) = dropped {
+                tracing::error!(volume = %self.name, %error, "unsynced residency could still not be dropped: do not restart yet");
+            }
+        }
         let Some(work) = self.checkpoint(turn)? else { return Ok(()) };
         // Not on the workers: a sync may take seconds, and as many volumes as there are workers would hold up every
         // read.
-        self.runtime.spawn_blocking(work).await.unwrap_or_else(|ended| {
+        self.workers.run_apart(&self.runtime, work).await.unwrap_or_else(|unfinished| {
             // If it panicked, what it took will never be written.
-            self.is_sync_broken.fetch_or(ended.is_panic(), Ordering::AcqRel);
+            self.is_sync_broken.fetch_or(unfinished.has_panicked, Ordering::AcqRel);
             Err(VolumeError::ShuttingDown)
         })
     }
@@ -401,7 +413,14 @@ impl Volume {
             let chunks = if is_complete { Default::default() } else { disk.residency().take_dirty_chunks() };
             // One at a time: after a TRIM of everything they are many, and reads look at the masks meanwhile.
             let rows: Vec<_> = chunks.into_iter().map(|chunk| (chunk, disk.residency().chunk_row(chunk))).collect();
+            if is_planted(Bug::RowsBeforeSync) {
+                journal.write(&rows)?;
+            }
             if let Err(error) = disk.image.sync_data() {
+                if is_planted(Bug::FailedSyncForgotten) {
+                    disk.residency().mark_dirty(rows.into_iter().map(|(chunk, _)| chunk));
+                    return Err(error.into());
+                }
                 // The kernel has dropped what it could not write, and the next sync would succeed: nothing may be marked
                 // resident from here on, nor a flush be acknowledged.
                 is_sync_broken.store(true, Ordering::Release);
@@ -412,7 +431,14 @@ impl Volume {
                 tracing::error!(volume = %name, %error, "the disk failed to sync; flushes fail until a restart");
                 return Err(error.into());
             }
+            if is_planted(Bug::FlushWithoutResidency) {
+                turn.succeed();
+                return Ok(());
+            }
             if let Err(error) = journal.write(&rows) {
+                if is_planted(Bug::FailedRowsForgotten) {
+                    return Err(error.into());
+                }
                 disk.residency().mark_dirty(rows.into_iter().map(|(chunk, _)| chunk));
                 return Err(error.into());
             }
@@ -459,7 +485,8 @@ impl Volume {
         let (first, last, start) = (blocks.start, blocks.end - 1, range.start);
         std::iter::once(first).chain((last != first).then_some(last)).map(BlockIndex).filter(move |block| {
             let within = self.disk.within(*block, start, len_bytes);
-            !self.disk.is_sector_aligned(*block, &within) && !self.disk.bits().is_resident(*block)
+            let is_torn = !self.disk.is_sector_aligned(*block, &within) && !is_planted(Bug::TornEdgesNotFilled);
+            is_torn && !self.disk.bits().is_resident(*block)
         })
     }
 
@@ -487,8 +514,9 @@ impl Volume {
             volume: self.name.clone(),
             // What is complete has nothing more to note.
             residency: (!self.is_complete()).then(|| (Arc::clone(&self.disk), self.journal.clone())),
+            first: (!self.is_guest_noted.load(Ordering::Acquire))
+                .then(|| (self.journal.clone(), Arc::clone(&self.is_guest_noted))),
             observer: Arc::clone(&self.observer),
-            is_guest_noted: Arc::clone(&self.is_guest_noted),
         }
     }
 }
@@ -500,18 +528,17 @@ struct Change {
     range: Range<u64>,
     volume: Name,
     residency: Option<(Arc<Disk>, Journal)>,
+    /// That a guest writes here is to be noted.
+    first: Option<(Journal, Arc<AtomicBool>)>,
     observer: Arc<RwLock<Option<Arc<dyn WriteObserver>>>>,
-    is_guest_noted: Arc<AtomicBool>,
 }
 
 impl Change {
     fn run(self, work: impl FnOnce() -> Result<(), ImageError>) -> Result<(), VolumeError> {
-        if !self.is_guest_noted.load(Ordering::Acquire)
-            && let Some((_, journal)) = &self.residency
-        {
+        if let Some((journal, is_guest_noted)) = &self.first {
             // Durable before the first write: whoever cancels after a crash must not take the volume for unwritten.
             journal.note_guest()?;
-            self.is_guest_noted.store(true, Ordering::Release);
+            is_guest_noted.store(true, Ordering::Release);
         }
         // Held throughout, so that a new observer knows when the writes that it was not told of have ended.
         self.observed(self.observer.read().as_deref(), work)

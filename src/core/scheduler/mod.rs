@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
 use crate::core::ids::{BlockId, Class};
+use crate::seeded_bugs::{Bug, is_planted};
 use queues::{Pace, PeerQueues};
 
 pub use types::{
@@ -202,6 +203,9 @@ impl Scheduler {
             .map(|(id, _)| *id)
             .collect();
         lost.sort_unstable();
+        if is_planted(Bug::LostConnectionForgotten) {
+            lost.pop();
+        }
         for flight in lost {
             if let Some(state) = self.flights.get_mut(&flight) {
                 state.stage = Stage::Queued;
@@ -218,6 +222,7 @@ impl Scheduler {
         let waiter = Waiter { id: want.waiter, place: want.place, class: want.class };
         let under_way =
             self.by_place.get(&want.place).or_else(|| want.id.as_ref().and_then(|id| self.by_id.get(id))).copied();
+        let under_way = under_way.filter(|_| !is_planted(Bug::JoinLost));
         if let Some(flight) = under_way
             && let Some(state) = self.flights.get_mut(&flight)
         {
@@ -344,7 +349,9 @@ impl Scheduler {
                 let until = now + backoff(state.failures);
                 state.failures += 1;
                 state.stage = Stage::Waiting { until };
-                self.retries.insert((until, flight), ());
+                if !is_planted(Bug::RetryForgotten) {
+                    self.retries.insert((until, flight), ());
+                }
                 None
             }
         };
@@ -445,7 +452,7 @@ impl Scheduler {
                     self.site.settle(state.charged_bytes, 0);
                 }
                 // The peer serves what is elevated as demand already.
-                if !is_elevated {
+                if !is_elevated && !is_planted(Bug::PromotionLost) {
                     self.actions.push_back(Action::Promote { flight, peer, class });
                 }
             }
@@ -561,7 +568,8 @@ impl Scheduler {
         for (class, limit) in
             [(Class::Demand, self.limits.demand_flights), (Class::Readahead, self.limits.readahead_flights)]
         {
-            if queues.in_flight[class as usize] < limit
+            let is_free = class == Class::Readahead && is_planted(Bug::ReadaheadWithoutBound);
+            if (is_free || queues.in_flight[class as usize] < limit)
                 && let Some(flight) = queues.pop(class, |flight| is_queued(flights, flight, class))
             {
                 return self.send(now, flight, peer, class, None);
