@@ -13,6 +13,7 @@ pub const EXPORT: &str = "vm";
 /// All forms that can be negotiated.
 pub const STYLES: [ReplyStyle; 3] = [ReplyStyle::Simple, ReplyStyle::Structured, ReplyStyle::Extended];
 
+#[expect(clippy::large_enum_variant, reason = "one of each is ever made")]
 enum Home {
     Complete { site: Site, _dir: tempfile::TempDir },
     Relocating(Pair),

@@ -13,9 +13,11 @@ mod disk;
 mod fuzz;
 mod handshakes;
 mod kinds;
+mod mounted;
 #[path = "../e2e/nbd_client.rs"]
 #[expect(dead_code, reason = "shared with the tests from end to end")]
 mod nbd_client;
+mod peers;
 #[path = "../e2e/site.rs"]
 #[expect(dead_code, reason = "shared with the tests from end to end")]
 mod site;

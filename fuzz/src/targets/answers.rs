@@ -61,7 +61,6 @@ impl Answers {
 
     /// Takes one reply or chunk from the front of `input`: how many bytes it has, and the answer if it is whole now. None:
     /// more input is needed.
-    #[expect(clippy::type_complexity, reason = "a length and perhaps an answer")]
     pub(crate) fn take(&mut self, input: &[u8]) -> Option<(usize, Option<(u64, Answer)>)> {
         let magic = be(input.get(..4)?) as u32;
         match self.style {
@@ -79,7 +78,6 @@ impl Answers {
         }
     }
 
-    #[expect(clippy::type_complexity, reason = "see take")]
     fn simple(&mut self, magic: u32, input: &[u8]) -> Option<(usize, Option<(u64, Answer)>)> {
         assert_eq!(magic, 0x6744_6698, "a simple reply");
         let header = input.get(..16)?;
@@ -97,7 +95,6 @@ impl Answers {
         Some((16 + len, Some((cookie, answer))))
     }
 
-    #[expect(clippy::type_complexity, reason = "see take")]
     fn chunk(
         &mut self,
         input: &[u8],

@@ -109,7 +109,7 @@ pub(crate) fn judge(session: &Session, raw: &Raw) -> Verdict {
     }
     if raw.kind == cmd::BLOCK_STATUS && counts_payload {
         // The payload itself is judged when it is there.
-        let fits = (12..=4096).contains(&raw.len_bytes) && raw.len_bytes % 4 == 0;
+        let fits = (12..=4096).contains(&raw.len_bytes) && raw.len_bytes.is_multiple_of(4);
         return if fits { Verdict::Serve { payload_bytes } } else { refuse(NbdErrno::Inval) };
     }
     if raw.kind == cmd::FLUSH {
