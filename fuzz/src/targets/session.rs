@@ -244,7 +244,7 @@ impl<'a> Run<'a> {
         };
         if payload_bytes > MAX_SENT_BYTES {
             // More than is worth sending: the client vanishes in the middle of it.
-            let part = vec![0x77; usize::from(input.u16())];
+            let part = vec![0x77; u64::from(input.u16()).min(payload_bytes - 1) as usize];
             self.connections[at].raw(&header);
             self.connections[at].raw(&part);
             return self.vanish(at, input);
