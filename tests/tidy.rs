@@ -143,7 +143,8 @@ fn all_sources() -> Vec<(PathBuf, String)> {
 fn sources_of(module: &str) -> Vec<(PathBuf, String)> {
     let folder = src().join(module);
     let file = src().join(format!("{module}.rs"));
-    let is_test = |path: &Path| path.to_string_lossy().contains("test");
+    // Where the clone lies makes no difference.
+    let is_test = |path: &Path| path.strip_prefix(src()).unwrap_or(path).to_string_lossy().contains("test");
     let found: Vec<_> = all_sources()
         .into_iter()
         .filter(|(path, _)| (path.starts_with(&folder) || *path == file) && !is_test(path))

@@ -4,7 +4,8 @@
 //! Each connection has [`RESERVE_BYTES`] of its own. Beyond that it draws from the pool, but never more than what stays
 //! free for the others (the "dynamic threshold" of shared switch buffers: Choudhury and Hahne, 1998): one greedy client
 //! gets half, the second a third of the whole, and so on, and something is always left. Who holds nothing from the pool
-//! may draw whatever is free, so that a single large request is not refused for ever.
+//! may draw whatever is free, so that a single large request is not refused for ever. Where nothing is left, because clients
+//! that stand still hold all of it, a large request can still be run in pieces that fit into the reserve.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -62,6 +63,11 @@ impl Share {
     /// Takes `bytes`, or arranges that the task is woken when it may be worth another try.
     pub(super) fn poll_take(&mut self, bytes: u64, cx: &mut Context<'_>) -> Poll<()> {
         if self.take(bytes, Some(cx)) { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    /// Whether nothing is held: then whatever is missing is held by others.
+    pub(super) fn is_empty(&self) -> bool {
+        self.held_bytes == 0
     }
 
     /// Takes `bytes` if that is possible now.

@@ -24,6 +24,8 @@ pub(super) enum Outcome {
     Done(Result<(), NbdErrno>),
     /// A BLOCK_STATUS: the extents of each context, made to fit.
     Status(Result<Vec<(ContextIndex, Vec<Extent>)>, NbdErrno>),
+    /// One piece of a READ or a WRITE that is run in pieces.
+    Part(Result<Option<ReadData>, NbdErrno>),
 }
 
 /// What a BLOCK_STATUS needs beyond its range.

@@ -286,6 +286,45 @@ async fn a_client_that_takes_no_replies_holds_up_nobody_and_gets_them_later() {
 }
 
 #[tokio::test]
+async fn clients_that_hold_all_memory_hold_up_nobody() {
+    within(async {
+        let disk = MemoryDisk::patterned(48 * MIB);
+        let limits = NbdLimits { total_bytes: 64 << 20, ..NbdLimits::default() };
+        let served = serve_with(&disk, limits).await;
+        // One announces a large write and sends nothing of it, the other asks for much and takes nothing.
+        let mut writer = Client::connect(&served.path, ReplyStyle::Simple).await;
+        let header = writer.header(cmd::WRITE, 0, 1, 0, 32 << 20);
+        writer.stream.write_all(&header).await.expect("sends");
+        let mut reader = Client::connect(&served.path, ReplyStyle::Simple).await;
+        reader.send(cmd::READ, 0, 1, 0, 32 << 20).await;
+        until("the large read", || disk.reads_begun.load(Ordering::SeqCst) == 1).await;
+        for style in STYLES {
+            let mut client = Client::connect(&served.path, style).await;
+            for (offset, len) in [(3, 3 * MIB + 1), (40 << 20, 1 << 18), (8 << 20, 32 * MIB), (99, (1 << 18) + 1)] {
+                let data = pattern(offset as usize + 8, len);
+                assert_eq!(client.write(offset, &data).await, 0, "{style:?} {len}");
+                assert!(client.read(offset, len as u64).await == data, "{style:?} {len}");
+                let df = if style == ReplyStyle::Simple { 0 } else { cmd_flag::DF };
+                assert!(client.call(cmd::READ, df, offset, len as u64).await.data == data, "{style:?} {len}");
+            }
+            // Other requests before and behind one that is run in pieces.
+            let data = pattern(16, MIB);
+            for cookie in 0..9 {
+                client.send_write(cookie, cookie << 20, &data).await;
+                client.send(cmd::READ, 0, cookie + 100, 47 << 20, 4096).await;
+            }
+            for _ in 0..18 {
+                assert_eq!(client.reply().await.error, 0);
+            }
+            for cookie in 0..9 {
+                assert!(disk.bytes_at(cookie << 20, MIB) == data);
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn the_number_of_requests_in_flight_is_bounded() {
     within(async {
         let disk = MemoryDisk::patterned(MIB);

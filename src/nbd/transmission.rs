@@ -9,6 +9,8 @@
 //! What a client can make this hold: its requests in flight (bounded in number, their payloads by [`Share`]), replies
 //! that it does not take (requests are left in the socket from [`OUTPUT_HIGH_BYTES`] on), and one buffer of input.
 
+mod pieces;
+
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::sync::Arc;
@@ -27,6 +29,8 @@ use crate::core::ids::is_zero;
 use crate::core::nbd::{
     BadRequest, Command, ContextIndex, Fault, NbdErrno, Parsed, Request, Session, Tag, parse_status_payload,
 };
+
+use pieces::Pieces;
 
 /// Input that is read at once while requests are small.
 const INPUT_BYTES: usize = 64 << 10;
@@ -69,6 +73,8 @@ enum Intake {
     Header,
     /// This request waits for its share of the budget.
     Budget(Request),
+    /// The memory for this request is held by others: it is run in pieces.
+    Pieces(Pieces),
     /// The short payload of this request is awaited in the input buffer.
     Small(Request),
     /// The long payload of this request is read into `payload`.
@@ -324,6 +330,7 @@ impl Transmission {
                     Some(reply) => self.output.put(&reply),
                     None => self.reply_error(tag, NbdErrno::Inval, "no metadata context was selected"),
                 },
+                Outcome::Part(result) => self.piece_done(request, result),
                 Outcome::Done(Err(errno)) | Outcome::Data(Err(errno)) | Outcome::Status(Err(errno)) => {
                     self.reply_failure(request, errno);
                 }
@@ -463,9 +470,19 @@ impl Transmission {
             }
             Intake::Budget(request) => {
                 let request = *request;
-                ready!(self.share.poll_take(cost_bytes(&request.command), cx));
-                self.admitted(request);
+                if self.share.poll_take(cost_bytes(&request.command), cx).is_ready() {
+                    self.admitted(request);
+                } else if self.share.is_empty()
+                    && let Some(pieces) = Pieces::of(request)
+                {
+                    // What is missing is held by others, who may never give it back.
+                    self.input_step_bytes = INPUT_BYTES;
+                    self.intake = Intake::Pieces(pieces);
+                } else {
+                    return Poll::Pending;
+                }
             }
+            Intake::Pieces(_) => return self.poll_pieces(),
             Intake::Small(request) => {
                 let request = *request;
                 if self.input.len() < request.command.payload_bytes() as usize {

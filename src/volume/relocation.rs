@@ -184,6 +184,10 @@ async fn land_later(volume: &Volume, block: BlockIndex, fetched: Block) {
     });
 }
 
+/// Absent blocks that one question about extents looks at: milliseconds, where all of a large disk would be seconds of a
+/// thread that other guests wait for. Whoever wants to know more asks again from there.
+const MAX_LOOKED_AT_BLOCKS: u64 = 1 << 16;
+
 /// Blocks of one hint that are looked at.
 const MAX_HINT_BLOCKS: u64 = 4096;
 
@@ -267,10 +271,11 @@ impl Volume {
         self.on_disk(move || {
             let mut runs: Vec<(u64, bool)> = Vec::new();
             let mut at = offset;
+            let mut looked_at = 0;
             // Up to here everything was resident before the file is looked at below. The other way round a block that
             // lands in between would pass for the hole that was there before it.
             let mut resident_to = if is_complete { end } else { offset };
-            while at < end && runs.len() <= max_runs {
+            while at < end && runs.len() <= max_runs && looked_at < MAX_LOOKED_AT_BLOCKS {
                 if at >= resident_to {
                     let absent = disk.bits().first_absent(disk.blocks_of(at, end - at));
                     resident_to = absent.map_or(end, |block| disk.geometry.offset_of(block).clamp(at, end));
@@ -288,7 +293,8 @@ impl Volume {
                     continue;
                 }
                 // A hole of the file where blocks are absent: block by block, up to one that has become resident since.
-                while at < next && runs.len() <= max_runs {
+                while at < next && runs.len() <= max_runs && looked_at < MAX_LOOKED_AT_BLOCKS {
+                    looked_at += 1;
                     let block = disk.geometry.block_size.index_of(at);
                     if disk.bits().is_resident(block) {
                         break;

@@ -520,3 +520,26 @@ async fn a_trim_of_everything_completes_without_fetching() {
     assert_eq!(volume.snapshot().moved.wire_bytes.iter().sum::<u64>(), 0);
     assert!(crate::core::ids::is_zero(&all_of(&volume).await));
 }
+
+/// A question about all of a large disk is answered in parts: none of them is long in the making.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_extents_of_a_large_disk_are_told_in_parts() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let size_bytes = 1 << 40;
+    let parts = VolumeParts {
+        name: name("large"),
+        image: Arc::new(Image::create(&dir.path().join("large.raw"), size_bytes).expect("creates")),
+        geometry: Geometry::new(size_bytes, BLOCK).expect("a geometry"),
+        state: Arc::new(MemoryState::new()),
+        workers: Workers::start("test", 2, 2).expect("threads"),
+        is_owner: true,
+    };
+    let volume = Volume::relocating(parts, true).expect("a volume");
+    volume.write(BLOCK, vec![1; BLOCK as usize].into(), false).await.expect("writes");
+    for offset in [0, 512, size_bytes / 2] {
+        let runs = volume.allocation(offset, size_bytes - offset, 2048).await.expect("looks");
+        let covered: u64 = runs.iter().map(|(len, _)| len).sum();
+        assert!((1 << 31..=1 << 33).contains(&covered), "{covered} bytes from {offset} on");
+        assert!(runs.iter().all(|(_, is_zero)| !is_zero), "what is absent is not zero");
+    }
+}

@@ -67,6 +67,14 @@ impl ReplyStyle {
         header
     }
 
+    /// What stands before some of the data that answers a READ, where it may be sent in several chunks: not with simple
+    /// replies, and not with DF. [`ReplyStyle::done`] or [`ReplyStyle::error`] comes behind the last.
+    pub fn part(self, tag: Tag, offset: u64, len_bytes: u32) -> Header {
+        let mut header = self.chunk(tag, chunk::OFFSET_DATA, u64::from(len_bytes) + 8, false);
+        header.put(&offset.to_be_bytes());
+        header
+    }
+
     /// How long the header before `data` is, whatever the request.
     pub fn data_header_bytes(self) -> usize {
         match self {

@@ -1,0 +1,13 @@
+//! What the fuzz targets need of blockferry, and no more: the NBD protocol and its server, compiled from the same files
+//! but without the content store, whose database takes half an hour to build with a sanitizer.
+//!
+//! The targets' bodies are in [`targets`], which an ordinary test of blockferry (`tests/nbd`) compiles too.
+
+#![allow(dead_code, reason = "parts of a larger program")]
+
+pub mod core;
+#[path = "../../src/nbd/mod.rs"]
+pub mod nbd;
+pub mod targets;
+#[path = "../../src/workers.rs"]
+pub mod workers;
