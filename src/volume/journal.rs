@@ -5,7 +5,7 @@
 //! acknowledged. If the daemon is killed, the kernel still has these rows and the bytes that they speak of; after a power loss it has
 //! neither for certain, so they are believed only under the boot that wrote them.
 
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
@@ -13,7 +13,7 @@ use super::VolumeError;
 use super::disk::Disk;
 use crate::core::ids::Name;
 use crate::core::residency::Residency;
-use crate::store::{State, StateBatch, StateError};
+use crate::store::{State, StateBatch, StateError, boot_id};
 
 #[derive(Clone)]
 pub(super) struct Journal {
@@ -25,15 +25,9 @@ pub(super) struct Journal {
     live_turn: Arc<Mutex<bool>>,
 }
 
-/// A new one at every boot, and never the same again.
-static BOOT: LazyLock<Option<Arc<str>>> = LazyLock::new(|| {
-    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    Some(id.trim().into()).filter(|id: &Arc<str>| !id.is_empty())
-});
-
 impl Journal {
     pub(super) fn new(state: Arc<dyn State>, volume: Name) -> Journal {
-        Journal { state, volume, boot: BOOT.clone(), live_turn: Arc::default() }
+        Journal { state, volume, boot: boot_id(), live_turn: Arc::default() }
     }
 
     /// A guest's write to these blocks is in the file: notes it where it changed their residency, or fell on residency that is not
