@@ -140,6 +140,14 @@ pub enum StateError {
     },
 }
 
+impl StateError {
+    /// Whether making room on the disk helps.
+    pub fn is_no_space(&self) -> bool {
+        // RocksDB hands on what the system said, in words only.
+        matches!(self, StateError::Failed { message, .. } if message.contains("No space left on device"))
+    }
+}
+
 /// The first key behind all those that begin with `prefix`; None where there is none.
 pub(super) fn end_of_prefix(prefix: &[u8]) -> Option<Vec<u8>> {
     let last = prefix.iter().rposition(|byte| *byte != u8::MAX)?;

@@ -63,6 +63,10 @@ pub enum VolumeError {
 impl VolumeError {
     /// Whether making room on the disk helps.
     pub fn is_no_space(&self) -> bool {
-        matches!(self, VolumeError::Image(error) if error.is_no_space())
+        match self {
+            VolumeError::Image(error) => error.is_no_space(),
+            VolumeError::State(error) => error.is_no_space(),
+            _ => false,
+        }
     }
 }
