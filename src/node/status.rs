@@ -154,7 +154,7 @@ impl Node {
                 let waiting = relocation.as_ref().and_then(|r| self.waiting.lock().get(&r.key()).cloned());
                 let reads = match relocation.as_ref().map_or(0, |relocation| relocation.waiting_demands()) {
                     0 => String::new(),
-                    reads => format!("; {reads} guest reads wait"),
+                    reads => format!("; guest reads that wait: {reads}"),
                 };
                 let bulk = relocation.as_ref().map(|r| (r.bulk().state(), r.bulk().is_paused()));
                 match bulk {
