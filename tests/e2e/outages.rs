@@ -216,7 +216,8 @@ fn a_read_that_waited_long_enough_is_an_error_and_nobody_is_disconnected() {
     let status = crate::site::eventually("the status says what is waited for, by whom, since when", || {
         let status = pair.b.status("vm");
         let reason = status["phase_reason"].as_str().unwrap_or_default();
-        let says_all = ["a cannot be reached since 20", "guest reads that wait: 1"].iter().all(|word| reason.contains(word));
+        let says_all =
+            ["a cannot be reached since 20", "guest reads that wait: 1"].iter().all(|word| reason.contains(word));
         if says_all && status["phase"] == "stalled" { Ok(status) } else { Err(status.to_string()) }
     });
     assert_eq!(status["nbd_clients"], 2);
