@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use tokio::sync::Semaphore;
@@ -14,7 +14,7 @@ use super::lanes::StoreLanes;
 use super::link::Arrived;
 use super::{
     Ask, BULK_BUDGET_KIB, Block, Budgeted, Command, Expected, FetchError, Origin, PeerKey, PeerView, Remote, Reply,
-    VolumeKey,
+    VolumeKey, Waiting as WaitingFor,
 };
 use crate::core::frame::Frame;
 use crate::core::ids::{BlockId, Class, Name};
@@ -45,6 +45,8 @@ struct Peer {
     outgoing: Option<UnboundedSender<Bytes>>,
     generation: u64,
     last_error: Option<String>,
+    /// Since when there is no connection.
+    down_since: Option<SystemTime>,
     connects: u64,
     /// Volumes whose Open has not been answered on this connection.
     opening: usize,
@@ -62,6 +64,8 @@ struct Volume {
     waiting: Option<Reply<Remote>>,
     is_scheduled: bool,
     reopen_at: Option<Now>,
+    /// Why the peer does not open it, and since when.
+    refused: Option<(String, SystemTime)>,
 }
 
 struct Question {
@@ -165,6 +169,7 @@ impl Actor {
                         outgoing: None,
                         generation: 0,
                         last_error: None,
+                        down_since: Some(SystemTime::now()),
                         connects: 0,
                         opening: 0,
                         is_announced: false,
@@ -210,6 +215,7 @@ impl Actor {
                     waiting: reply,
                     is_scheduled: expected.is_some(),
                     reopen_at: None,
+                    refused: None,
                 };
                 self.volumes.insert(key, volume);
                 self.send_open(key);
@@ -246,6 +252,10 @@ impl Actor {
             Command::Peers { reply } => {
                 let _ = reply.send(self.peers.iter().map(|(key, peer)| (*key, peer.view())).collect());
             }
+            Command::Waiting { reply } => {
+                let waiting = self.volumes.iter().filter_map(|(key, volume)| Some((*key, self.waiting_for(volume)?)));
+                let _ = reply.send(waiting.collect());
+            }
         }
     }
 
@@ -256,6 +266,7 @@ impl Actor {
         peer.generation = generation;
         peer.connects += 1;
         peer.last_error = None;
+        peer.down_since = None;
         peer.opening = 0;
         peer.is_announced = false;
         tracing::info!(peer = %peer.name, connects = peer.connects, "connected");
@@ -275,6 +286,7 @@ impl Actor {
         }
         tracing::warn!(peer = %peer.name, why, "the connection is lost or did not come about");
         peer.last_error = Some(why);
+        peer.down_since.get_or_insert_with(SystemTime::now);
         peer.link = None;
         peer.outgoing = None;
         peer.is_announced = false;
@@ -392,6 +404,7 @@ impl Actor {
             return;
         }
         volume.expected = Some(found);
+        volume.refused = None;
         volume.handle = Some(handle);
         if !std::mem::replace(&mut volume.is_scheduled, true) {
             self.scheduler.add_volume(key, volume.peer);
@@ -417,8 +430,24 @@ impl Actor {
                 if let Some(peer) = self.peers.get_mut(&volume.peer) {
                     peer.last_error = Some(error.to_string());
                 }
+                let since = volume.refused.take().map_or_else(SystemTime::now, |(_, since)| since);
+                volume.refused = Some((error.to_string(), since));
                 volume.reopen_at = Some(now + REOPEN);
             }
+        }
+    }
+
+    fn waiting_for(&self, volume: &Volume) -> Option<WaitingFor> {
+        let peer = self.peers.get(&volume.peer)?;
+        match (peer.down_since, &volume.refused) {
+            (Some(since), _) => {
+                let why = peer.last_error.clone().unwrap_or_default();
+                Some(WaitingFor { peer: peer.name.clone(), why, since, is_connected: false })
+            }
+            (None, Some((why, since))) => {
+                Some(WaitingFor { peer: peer.name.clone(), why: why.clone(), since: *since, is_connected: true })
+            }
+            (None, None) => None,
         }
     }
 

@@ -5,12 +5,13 @@ mod actor;
 mod lanes;
 mod link;
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
@@ -126,6 +127,27 @@ pub struct PeerView {
     pub connects: u64,
 }
 
+/// What keeps a volume's absent blocks from coming, and since when.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// The peer that is waited for.
+    pub peer: Name,
+    /// What is the matter with it, as far as is known; empty if nothing is.
+    pub why: String,
+    /// Since when.
+    pub since: SystemTime,
+    /// Whether there is a connection: then it is the volume that the peer does not open.
+    pub is_connected: bool,
+}
+
+impl std::fmt::Display for Waiting {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let what = if self.is_connected { "does not open the volume" } else { "cannot be reached" };
+        write!(f, "{} {what} since {}", self.peer, humantime::format_rfc3339_seconds(self.since))?;
+        if self.why.is_empty() { Ok(()) } else { write!(f, ": {}", self.why) }
+    }
+}
+
 /// A handle to the site's one fetcher; cheap to share.
 #[derive(Clone)]
 pub struct Fetch {
@@ -164,6 +186,7 @@ enum Command {
     LimitSite { bytes_per_s: Option<u64> },
     Close { key: VolumeKey },
     Peers { reply: oneshot::Sender<Vec<(PeerKey, PeerView)>> },
+    Waiting { reply: oneshot::Sender<BTreeMap<VolumeKey, Waiting>> },
 }
 
 type Reply<T> = oneshot::Sender<Result<T, FetchError>>;
@@ -305,6 +328,13 @@ impl Fetch {
     pub async fn peers(&self) -> Vec<(PeerKey, PeerView)> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Peers { reply });
+        answer.await.unwrap_or_default()
+    }
+
+    /// What keeps volumes from being fetched now; those that nothing keeps are not among them.
+    pub async fn waiting(&self) -> BTreeMap<VolumeKey, Waiting> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Waiting { reply });
         answer.await.unwrap_or_default()
     }
 

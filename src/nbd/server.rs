@@ -176,6 +176,7 @@ impl Drop for NbdServer {
 }
 
 async fn accept(shared: Arc<Shared>, listener: Listener, tls: NbdTls) {
+    let mut is_out = false;
     loop {
         let accepted = tokio::select! {
             biased;
@@ -183,12 +184,20 @@ async fn accept(shared: Arc<Shared>, listener: Listener, tls: NbdTls) {
             accepted = listener.accept() => accepted,
         };
         match accepted {
-            Ok(socket) => shared.admit(socket, tls.clone()),
+            Ok(socket) => {
+                if std::mem::take(&mut is_out) {
+                    tracing::info!(address = %listener.addr(), "nbd clients are accepted again");
+                }
+                shared.admit(socket, tls.clone());
+            }
             // The client was gone before it was accepted.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
                 // Out of file descriptors or memory: the backlog keeps the clients, and others may leave meanwhile.
-                tracing::warn!(address = %listener.addr(), %error, "cannot accept an nbd client; trying again");
+                // Said once: it may last for hours.
+                if !std::mem::replace(&mut is_out, true) {
+                    tracing::warn!(address = %listener.addr(), %error, "cannot accept an nbd client; trying again");
+                }
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }

@@ -27,7 +27,7 @@ use crate::config::{Config, HostPort};
 use crate::control::{ControlServer, Site};
 use crate::core::ids::Name;
 use crate::core::scheduler::Limits;
-use crate::fetch::{Fetch, PeerKey};
+use crate::fetch::{Fetch, PeerKey, VolumeKey, Waiting};
 use crate::nbd::{NbdLimits, NbdListener, NbdServer};
 use crate::source::{Hasher, SourceOptions, SourceVolume, serve_link};
 use crate::store::{RocksStore, State, StateDb, Store, StoreOptions};
@@ -42,6 +42,8 @@ use record::{Ownership, Records, VolumeRecord};
 
 /// How long clients' requests and peers' connections may take to end at a shutdown.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
+/// How often the log says that guests still wait for a peer.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
 
 /// Reads, and as many changes, that wait for disks at a time: what a queue of a fast disk takes, and what `qemu-nbd` and
 /// `nbdkit` allow themselves, too.
@@ -67,6 +69,7 @@ pub struct Node {
     unserved: Mutex<BTreeMap<Name, unserved::Unserved>>,
     links: Mutex<HashMap<PeerKey, KeepConnected>>,
     peer_views: Mutex<Vec<(PeerKey, crate::fetch::PeerView)>>,
+    waiting: Mutex<BTreeMap<VolumeKey, Waiting>>,
     prewarms: prewarm::Jobs,
     next_job: AtomicU64,
     began: Instant,
@@ -196,6 +199,7 @@ impl Node {
             unserved: Mutex::default(),
             links: Mutex::default(),
             peer_views: Mutex::default(),
+            waiting: Mutex::default(),
             prewarms: prewarm::Jobs::default(),
             next_job: AtomicU64::new(1),
             began: Instant::now(),
@@ -268,14 +272,37 @@ impl Node {
     /// Keeps rates and peers' views fresh for whoever asks.
     async fn watch(self: Arc<Self>) {
         let mut tick = tokio::time::interval(Duration::from_secs(1));
+        let mut said = HashMap::new();
         loop {
             tick.tick().await;
-            let views = self.fetch.peers().await;
-            *self.peer_views.lock() = views;
+            self.look_at_peers().await;
             let entries: Vec<Arc<Entry>> = self.volumes.lock().values().cloned().collect();
             for entry in entries {
+                self.say_who_waits(&entry, &mut said);
                 entry.rate.observe(&entry.volume.snapshot(), entry.volume.geometry());
             }
+        }
+    }
+
+    /// Takes note of how connections fare and of what volumes wait for.
+    async fn look_at_peers(&self) {
+        let (views, waiting) = tokio::join!(self.fetch.peers(), self.fetch.waiting());
+        *self.peer_views.lock() = views;
+        *self.waiting.lock() = waiting;
+    }
+
+    /// An operator looks into the log: guests that hang because of a peer are said at once, and then every minute.
+    fn say_who_waits(&self, entry: &Entry, said: &mut HashMap<VolumeKey, Instant>) {
+        let Some(relocation) = entry.volume.relocation() else { return };
+        let (key, reads) = (relocation.key(), relocation.waiting_demands());
+        let Some(waiting) = self.waiting.lock().get(&key).cloned().filter(|_| reads > 0) else {
+            said.remove(&key);
+            return;
+        };
+        if said.get(&key).is_none_or(|at| at.elapsed() >= SAY_AGAIN) {
+            said.insert(key, Instant::now());
+            let patience = relocation.demand_timeout().map_or("for ever".to_owned(), |after| format!("{after:?}"));
+            tracing::warn!(volume = %entry.volume.name(), reads, patience, "guests wait for blocks: {waiting}");
         }
     }
 

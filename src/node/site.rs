@@ -48,7 +48,7 @@ impl Node {
 impl Site for Node {
     fn status(&self) -> Answer<'_, SiteStatus> {
         Box::pin(async move {
-            *self.peer_views.lock() = self.fetch.peers().await;
+            self.look_at_peers().await;
             let entries: Vec<_> = self.volumes.lock().values().cloned().collect();
             let mut volumes: Vec<_> = entries.iter().map(|entry| self.describe(entry)).collect();
             volumes.extend(self.describe_unserved());
@@ -67,7 +67,7 @@ impl Site for Node {
 
     fn volume_status(&self, name: Name) -> Answer<'_, VolumeStatus> {
         Box::pin(async move {
-            *self.peer_views.lock() = self.fetch.peers().await;
+            self.look_at_peers().await;
             if let Some(unserved) = self.unserved.lock().get(&name) {
                 return Ok(self.describe_record(unserved));
             }

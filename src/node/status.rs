@@ -12,7 +12,7 @@ use crate::control::{
 };
 use crate::core::ids::Name;
 use crate::core::manifest::Geometry;
-use crate::fetch::{PeerKey, PeerView};
+use crate::fetch::{PeerKey, PeerView, Waiting};
 use crate::volume::{BulkState, Snapshot};
 
 /// How fast blocks become present, smoothed over some seconds.
@@ -149,19 +149,31 @@ impl Node {
                 (Phase::Connecting, format!("waiting for {from} to hand it over"))
             }
             Ownership::Arriving { from, with_bulk, .. } => {
-                let bulk = entry
-                    .volume
-                    .relocation()
-                    .map(|relocation| (relocation.bulk().state(), relocation.bulk().is_paused()));
                 let down = view.filter(|view| !view.is_up);
+                let relocation = entry.volume.relocation();
+                let waiting = relocation.as_ref().and_then(|r| self.waiting.lock().get(&r.key()).cloned());
+                let reads = match relocation.as_ref().map_or(0, |relocation| relocation.waiting_demands()) {
+                    0 => String::new(),
+                    reads => format!("; guest reads that wait: {reads}"),
+                };
+                let bulk = relocation.as_ref().map(|r| (r.bulk().state(), r.bulk().is_paused()));
                 match bulk {
                     Some((BulkState::Failed(why), _)) => (Phase::Failed, why),
                     Some((BulkState::Waiting(why), _)) => (Phase::Stalled, why),
                     _ if view.is_none() || down.is_some() => {
-                        let why = down.and_then(|view| view.last_error.clone()).unwrap_or_default();
-                        (Phase::Stalled, format!("{from} cannot be reached: {why}"))
+                        // What the dialling says is newer than what the last connection died of.
+                        let newest = down.and_then(|view| view.last_error.clone());
+                        let why = match waiting {
+                            Some(waiting) => {
+                                Waiting { why: newest.unwrap_or(waiting.why.clone()), ..waiting }.to_string()
+                            }
+                            None => format!("{from} cannot be reached: {}", newest.unwrap_or_default()),
+                        };
+                        (Phase::Stalled, format!("{why}{reads}"))
                     }
+                    _ if let Some(waiting) = waiting => (Phase::Stalled, format!("{waiting}{reads}")),
                     Some((_, true)) => (Phase::Paused, "paused by hand; `resume` lets it go on".into()),
+                    _ if let Some(why) = relocation.and_then(|relocation| relocation.refusal()) => (Phase::Failed, why),
                     _ if !with_bulk => {
                         (Phase::Copying, "without a background copy: blocks come when they are read".into())
                     }

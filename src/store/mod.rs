@@ -9,6 +9,7 @@ mod rocks;
 mod state;
 mod state_memory;
 mod state_rocks;
+mod written;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,6 +23,7 @@ pub use rocks::RocksStore;
 pub use state::{State, StateBatch, StateChange, StateEntry, StateError};
 pub use state_memory::MemoryState;
 pub use state_rocks::StateDb;
+pub use written::boot_id;
 
 use crate::core::frame::Frame;
 use crate::core::ids::BlockId;

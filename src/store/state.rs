@@ -4,7 +4,7 @@
 //! Unlike the content store this is never thrown away: what cannot be opened is an error for somebody to look at.
 
 use std::path::PathBuf;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 /// A key and its value.
 pub type StateEntry = (Vec<u8>, Vec<u8>);
@@ -34,7 +34,7 @@ pub trait State: Send + Sync + 'static {
     /// Which boot of the machine this is, where the kernel tells: what was written since its beginning is there whether it was
     /// synced or not, whatever became of processes.
     fn boot(&self) -> Option<Arc<str>> {
-        BOOT.clone()
+        super::boot_id()
     }
 
     /// Sets the value of one key, durable at the next sync.
@@ -61,12 +61,6 @@ pub trait State: Send + Sync + 'static {
         Ok(found)
     }
 }
-
-/// A new one at every boot, and never the same again.
-static BOOT: LazyLock<Option<Arc<str>>> = LazyLock::new(|| {
-    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    Some(id.trim().into()).filter(|id: &Arc<str>| !id.is_empty())
-});
 
 /// Changes that take effect together, in their order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -151,6 +145,14 @@ pub enum StateError {
         /// What RocksDB said.
         message: String,
     },
+}
+
+impl StateError {
+    /// Whether making room on the disk helps.
+    pub fn is_no_space(&self) -> bool {
+        // RocksDB hands on what the system said, in words only.
+        matches!(self, StateError::Failed { message, .. } if message.contains("No space left on device"))
+    }
 }
 
 /// The first key behind all those that begin with `prefix`; None where there is none.

@@ -11,11 +11,13 @@ use rocksdb::{
 use super::options::database;
 use super::rocks::is_lock_held;
 use super::state::{State, StateBatch, StateChange, StateError, end_of_prefix};
+use super::written::{Written, boot_id};
 
 /// A [`State`] in a folder of its own.
 pub struct StateDb {
     db: DB,
     dir: PathBuf,
+    written: Written,
     write: WriteOptions,
     write_and_sync: WriteOptions,
 }
@@ -27,15 +29,44 @@ impl StateDb {
     /// [`StateError::InUse`] while another process has it open; [`StateError::Unusable`] otherwise: nothing is ever thrown
     /// away or repaired here.
     pub fn open(dir: &Path) -> Result<StateDb, StateError> {
+        StateDb::open_under(dir, boot_id().as_deref())
+    }
+
+    /// As [`StateDb::open`], under this boot of the machine.
+    pub(super) fn open_under(dir: &Path, boot: Option<&str>) -> Result<StateDb, StateError> {
         let unusable = |message: String| StateError::Unusable { dir: dir.to_owned(), message };
-        fs::create_dir_all(dir).map_err(|error| unusable(error.to_string()))?;
-        let db = DB::open(&rocksdb_options(), dir).map_err(|error| {
+        let refused = |error: rocksdb::Error| {
             let message = error.into_string();
             if is_lock_held(&message) { StateError::InUse { dir: dir.to_owned() } } else { unusable(message) }
-        })?;
+        };
+        fs::create_dir_all(dir).map_err(|error| unusable(error.to_string()))?;
+        require_current(dir).map_err(unusable)?;
+        let (written, reached) = Written::open(dir, boot).map_err(|error| unusable(error.to_string()))?;
+        if let Some(reached) = reached {
+            // Before RocksDB tidies up what it takes for the end.
+            let mut as_it_is = rocksdb_options();
+            as_it_is.create_if_missing(false);
+            let found = DB::open_for_read_only(&as_it_is, dir, false).map_err(refused)?.latest_sequence_number();
+            // A daemon that has it open goes on writing meanwhile; it has the lock, which is noticed below.
+            if found < reached {
+                return Err(unusable(format!(
+                    "changes are missing from its end (the last one is {reached}, {found} is there): its log is damaged"
+                )));
+            }
+        }
+        let db = DB::open(&rocksdb_options(), dir).map_err(refused)?;
         let mut write_and_sync = WriteOptions::default();
         write_and_sync.set_sync(true);
-        Ok(StateDb { db, dir: dir.to_owned(), write: WriteOptions::default(), write_and_sync })
+        Ok(StateDb { db, dir: dir.to_owned(), written, write: WriteOptions::default(), write_and_sync })
+    }
+
+    /// The database has what was just written. Where that cannot be noted, less is noticed after damage, no more.
+    fn note(&self, is_durable: bool) {
+        let sequence = self.db.latest_sequence_number();
+        let noted = if is_durable { self.written.note_durable(sequence) } else { self.written.note(sequence) };
+        if let Err(error) = noted {
+            tracing::debug!(dir = %self.dir.display(), %error, "how far the state database was written could not be noted");
+        }
     }
 
     /// There is no key behind these to end a range with: they go one by one, those that `batch` puts before `change`
@@ -63,6 +94,22 @@ impl StateDb {
     fn failed(&self, doing: &'static str) -> impl Fn(rocksdb::Error) -> StateError {
         move |error| StateError::Failed { dir: self.dir.clone(), doing, message: error.into_string() }
     }
+}
+
+/// RocksDB would make a new, empty database beside the files of one that has lost this file, and then remove them.
+fn require_current(dir: &Path) -> Result<(), String> {
+    if dir.join("CURRENT").exists() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(dir).map_err(|error| error.to_string())? {
+        let name = entry.map_err(|error| error.to_string())?.file_name();
+        let name = name.to_string_lossy();
+        // What is there between the making of the folder and of CURRENT holds nothing yet.
+        if name.ends_with(".sst") || (name.ends_with(".log") && !name.starts_with("LOG")) {
+            return Err(format!("CURRENT is missing, but {name} is there"));
+        }
+    }
+    Ok(())
 }
 
 /// Some 12 MiB of memory. The log is replayed up to the first damaged record, which is RocksDB's default: everything
@@ -118,10 +165,14 @@ impl State for StateDb {
             }
         }
         let options = if sync { &self.write_and_sync } else { &self.write };
-        self.db.write_opt(changes, options).map_err(self.failed("writing"))
+        self.db.write_opt(changes, options).map_err(self.failed("writing"))?;
+        self.note(false);
+        Ok(())
     }
 
     fn sync(&self) -> Result<(), StateError> {
-        self.db.flush_wal(true).map_err(self.failed("syncing"))
+        self.db.flush_wal(true).map_err(self.failed("syncing"))?;
+        self.note(true);
+        Ok(())
     }
 }

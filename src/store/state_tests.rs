@@ -157,7 +157,7 @@ fn what_was_written_survives_the_process() {
 fn a_torn_end_of_the_log_loses_the_last_batches_only() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().join("state");
-    let state = StateDb::open(&path).expect("a database");
+    let state = StateDb::open_under(&path, Some("before")).expect("a database");
     for i in 0..100u32 {
         state.put(&i.to_be_bytes(), &[i as u8; 100]).expect("put");
     }
@@ -173,12 +173,64 @@ fn a_torn_end_of_the_log_loses_the_last_batches_only() {
                 }
             }
         }
-        let found = StateDb::open(&copy).expect("a database").scan_prefix(b"").expect("scan");
+        // Under the same boot the kernel has all of it: who misses it looks at damage.
+        let error = StateDb::open_under(&copy, Some("before")).err().expect("something is missing");
+        assert!(error.to_string().contains("missing from its end"), "{error}");
+        let found = StateDb::open_under(&copy, Some("after")).expect("a database").scan_prefix(b"").expect("scan");
         assert!((80..100).contains(&found.len()), "{} of 100 after cutting {cut} bytes", found.len());
         for (i, (key, _)) in (0u32..).zip(&found) {
             assert_eq!(key[..], i.to_be_bytes(), "never one from the middle");
         }
     }
+}
+
+/// Bits that flip in what was there for certain: RocksDB by itself would begin with the records in front of them.
+#[test]
+fn damage_to_what_was_written_is_no_torn_end() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("state");
+    let state = StateDb::open(&path).expect("a database");
+    for i in 0..100u32 {
+        state.put(&i.to_be_bytes(), &[i as u8; 100]).expect("put");
+    }
+    state.sync().expect("sync");
+    let refused = |name: &str, damage: &dyn Fn(&Path)| {
+        let copy = dir.path().join(name);
+        copy_folder(&path, &copy);
+        for entry in fs::read_dir(&copy).expect("a folder") {
+            damage(&entry.expect("an entry").path());
+        }
+        let before = fs::read_dir(&copy).expect("a folder").count();
+        // A second attempt finds the same: nothing was tidied up by the first.
+        for boot in ["now", "later"] {
+            let error = StateDb::open_under(&copy, Some(boot)).err().unwrap_or_else(|| panic!("{name} is opened"));
+            assert!(matches!(error, StateError::Unusable { .. }), "{name}: {error:?}");
+        }
+        let logs = |entry: &std::io::Result<fs::DirEntry>| {
+            entry.as_ref().is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with("LOG"))
+        };
+        let added = fs::read_dir(&copy).expect("a folder").filter(logs).count();
+        assert!(fs::read_dir(&copy).expect("a folder").count() <= before + added, "{name}");
+    };
+    let is_log = |path: &Path| path.extension().is_some_and(|extension| extension == "log");
+    refused("flipped", &|path| {
+        if is_log(path) {
+            let mut bytes = fs::read(path).expect("read");
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 4;
+            fs::write(path, bytes).expect("write");
+        }
+    });
+    refused("deleted", &|path| {
+        if is_log(path) {
+            fs::remove_file(path).expect("remove");
+        }
+    });
+    refused("without-current", &|path| {
+        if path.ends_with("CURRENT") {
+            fs::remove_file(path).expect("remove");
+        }
+    });
 }
 
 fn copy_folder(from: &Path, to: &Path) {

@@ -285,6 +285,9 @@ fn read_if_there(path: &Path) -> Result<Option<String>, IdentityError> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            Err(IdentityError::Malformed { path: path.to_owned(), detail: "it is no text".to_owned() })
+        }
         Err(error) => Err(io_error("read", path)(error)),
     }
 }

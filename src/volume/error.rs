@@ -32,10 +32,12 @@ pub enum VolumeError {
     #[error(transparent)]
     Fetch(#[from] FetchError),
     /// The peer could not be reached for as long as the configuration says.
-    #[error("a block did not come within {} s ([demand] timeout): is the peer up?", .after.as_secs())]
+    #[error("a block did not come within {} s ([demand] timeout): {why}", .after.as_secs())]
     TimedOut {
         /// How long it was waited for.
         after: Duration,
+        /// What it was waited for.
+        why: String,
     },
     /// An earlier sync failed, so nobody knows what the disk holds.
     #[error(
@@ -61,6 +63,10 @@ pub enum VolumeError {
 impl VolumeError {
     /// Whether making room on the disk helps.
     pub fn is_no_space(&self) -> bool {
-        matches!(self, VolumeError::Image(error) if error.is_no_space())
+        match self {
+            VolumeError::Image(error) => error.is_no_space(),
+            VolumeError::State(error) => error.is_no_space(),
+            _ => false,
+        }
     }
 }

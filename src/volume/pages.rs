@@ -20,7 +20,7 @@ pub(super) struct Pages {
     fetch: Fetch,
     key: VolumeKey,
     geometry: Geometry,
-    roots: OnceCell<Vec<RootEntry>>,
+    roots: Mutex<Arc<OnceCell<Vec<RootEntry>>>>,
     cache: Mutex<Cache>,
 }
 
@@ -32,13 +32,14 @@ struct Cache {
 
 impl Pages {
     pub(super) fn new(fetch: Fetch, key: VolumeKey, geometry: Geometry) -> Pages {
-        Pages { fetch, key, geometry, roots: OnceCell::new(), cache: Mutex::default() }
+        Pages { fetch, key, geometry, roots: Mutex::default(), cache: Mutex::default() }
     }
 
     /// The id of a block, if its page is here.
     pub(super) fn id_of(&self, block: BlockIndex) -> Option<BlockId> {
         let page = PageIndex::of(block);
-        if let Some(RootEntry::Zero) = self.roots.get().and_then(|roots| roots.get(page.0 as usize)) {
+        let roots = Arc::clone(&self.roots.lock());
+        if let Some(RootEntry::Zero) = roots.get().and_then(|roots| roots.get(page.0 as usize)) {
             return Some(BlockId::ZERO);
         }
         let cell = self.cache.lock().pages.get(&page.0).cloned()?;
@@ -47,7 +48,8 @@ impl Pages {
 
     /// A page, fetched if it is not here; everybody who asks meanwhile waits for the same answer.
     pub(super) async fn load(&self, page: PageIndex) -> Result<Arc<Page>, FetchError> {
-        let known = match self.roots().await?.get(page.0 as usize) {
+        let roots = Arc::clone(&self.roots.lock());
+        let known = match self.fill(&roots).await?.get(page.0 as usize) {
             Some(RootEntry::Zero) => {
                 return Ok(Arc::new(Page::new(vec![BlockId::ZERO; self.geometry.ids_in(page) as usize])));
             }
@@ -64,13 +66,20 @@ impl Pages {
         cell.get_or_try_init(|| self.fetch_page(page, known)).await.cloned()
     }
 
+    /// The source did not have a block that a page announced: it is asked for its pages anew. Either the image has changed,
+    /// and it says so again, or a page was damaged where nothing protects it, in the source's memory, say.
+    pub(super) fn forget(&self) {
+        *self.roots.lock() = Arc::default();
+        *self.cache.lock() = Cache::default();
+    }
+
     async fn fetch_page(&self, page: PageIndex, known: Option<PageId>) -> Result<Arc<Page>, FetchError> {
         Ok(Arc::new(self.fetch.page(self.key, page, known, self.geometry.ids_in(page)).await?))
     }
 
     /// What the source knew of its pages when it was first asked; unknown pages are hashed when they are asked for.
-    async fn roots(&self) -> Result<&Vec<RootEntry>, FetchError> {
-        self.roots
+    async fn fill<'a>(&self, roots: &'a OnceCell<Vec<RootEntry>>) -> Result<&'a Vec<RootEntry>, FetchError> {
+        roots
             .get_or_try_init(|| async {
                 let mut roots = Vec::with_capacity(self.geometry.pages() as usize);
                 while (roots.len() as u64) < self.geometry.pages() {

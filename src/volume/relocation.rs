@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -24,6 +25,10 @@ pub struct Relocation {
     /// How long a guest's read waits for a peer that cannot be reached; None: for ever.
     demand_timeout: Option<Duration>,
     readahead: Mutex<Readahead>,
+    /// Guests' reads that wait for their blocks.
+    demands: AtomicU64,
+    /// Why the peer would not give the block that a guest last read.
+    refusal: Mutex<Option<String>>,
     pub(super) bulk: super::bulk::BulkControl,
 }
 
@@ -36,6 +41,8 @@ impl Relocation {
             key,
             demand_timeout,
             readahead: Mutex::default(),
+            demands: AtomicU64::new(0),
+            refusal: Mutex::default(),
             bulk: super::bulk::BulkControl::default(),
         }
     }
@@ -43,6 +50,21 @@ impl Relocation {
     /// What the fetcher calls it.
     pub fn key(&self) -> VolumeKey {
         self.key
+    }
+
+    /// Blocks that guests' reads wait for now.
+    pub fn waiting_demands(&self) -> u64 {
+        self.demands.load(Ordering::Relaxed)
+    }
+
+    /// How long each of them waits before it is an error; None: for ever.
+    pub fn demand_timeout(&self) -> Option<Duration> {
+        self.demand_timeout
+    }
+
+    /// Why the peer would not give the last block that a guest read, if that is so.
+    pub fn refusal(&self) -> Option<String> {
+        self.refusal.lock().clone()
     }
 
     /// The background copy's switches and its state.
@@ -157,16 +179,47 @@ async fn demand(volume: &Volume, block: BlockIndex) -> Result<Block, VolumeError
     }
     let begun = Instant::now();
     let wanted = relocation.fetch.want(relocation.key, block, id, Class::Demand, len_bytes);
+    let waits = Counted::new(&relocation.demands);
     let fetched = match relocation.demand_timeout {
         Some(after) => match tokio::time::timeout(after, wanted).await {
-            Ok(fetched) => fetched?,
-            Err(_) => return Err(VolumeError::TimedOut { after }),
+            Ok(fetched) => fetched,
+            Err(_) => {
+                let why = relocation.fetch.waiting().await.remove(&relocation.key);
+                let why = why.map_or_else(|| "the peer is connected and does not answer".to_owned(), |w| w.to_string());
+                return Err(VolumeError::TimedOut { after, why });
+            }
         },
-        None => wanted.await?,
+        None => wanted.await,
     };
+    drop(waits);
+    match &fetched {
+        Err(error @ (FetchError::Refused { .. } | FetchError::Inconsistent { .. })) => {
+            *relocation.refusal.lock() = Some(error.to_string());
+            relocation.pages.forget();
+        }
+        Err(FetchError::Gone | FetchError::UnknownPeer) => {}
+        Ok(_) => *relocation.refusal.lock() = None,
+    }
+    let fetched = fetched?;
     volume.stats.count_demand(begun.elapsed());
     volume.stats.count_arrived(&fetched);
     Ok(fetched)
+}
+
+/// One more of something, for as long as this lives.
+struct Counted<'a>(&'a AtomicU64);
+
+impl Counted<'_> {
+    fn new(counter: &AtomicU64) -> Counted<'_> {
+        counter.fetch_add(1, Ordering::Relaxed);
+        Counted(counter)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// The guest has its answer; the file gets the block now. If too many wait for the file already, the guest waits along.

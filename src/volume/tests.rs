@@ -543,3 +543,88 @@ async fn the_extents_of_a_large_disk_are_told_in_parts() {
         assert!(runs.iter().all(|(_, is_zero)| !is_zero), "what is absent is not zero");
     }
 }
+
+/// Time that moves only when it is told to: without this, it would leap to the next timer whenever the runtime waits for one
+/// of the disk's threads.
+struct Clock(std::sync::mpsc::Sender<()>);
+
+impl Clock {
+    fn hold() -> Clock {
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        tokio::task::spawn_blocking(move || held.recv());
+        tokio::time::pause();
+        Clock(release)
+    }
+
+    async fn pass(&self, seconds: u64) {
+        tokio::time::advance(Duration::from_secs(seconds)).await;
+        // Whoever is woken by that gets a turn, those who wait for threads, too.
+        for _ in 0..20 {
+            tokio::task::yield_now().await;
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// A link that is down for hours: reads of what is not here wait, whatever is here goes on, and the patience that is
+/// configured has an end.
+#[tokio::test]
+async fn a_link_that_is_down_for_hours_is_waited_for_as_long_as_configured() {
+    let sites = Sites::new();
+    let clock = Clock::hold();
+    let volume = sites.volume(true, Some(Duration::from_secs(3600)));
+    let absent = |block: u64| {
+        let volume = Arc::clone(&volume);
+        tokio::spawn(async move { volume.read(block * BLOCK, 4096).await })
+    };
+    let first = absent(3);
+    clock.pass(1).await;
+    for hour in 0..59u64 {
+        // Resident I/O does not know that anything is wrong.
+        let bytes = vec![hour as u8 + 1; 65536];
+        volume.write(BLOCK, bytes.clone().into(), true).await.expect("writes");
+        assert_eq!(volume.read(BLOCK, 65536).await.expect("reads"), bytes);
+        assert!(!first.is_finished(), "after {hour} minutes");
+        clock.pass(60).await;
+    }
+    let relocation = volume.relocation().expect("there is one");
+    assert_eq!(relocation.waiting_demands(), 1);
+    clock.pass(61).await;
+    let error = first.await.expect("runs").expect_err("an hour is over");
+    let said = error.to_string();
+    assert!(matches!(error, VolumeError::TimedOut { .. }), "{said}");
+    assert!(said.contains("3600 s") && said.contains("source cannot be reached since"), "{said}");
+    assert_eq!(relocation.waiting_demands(), 0);
+
+    // One that began later waits for its own hour, and is answered if the link comes back within it.
+    let second = absent(3);
+    clock.pass(3000).await;
+    assert!(!second.is_finished());
+    sites.connect().await;
+    // From here on time may pass by itself.
+    drop(clock.0);
+    tokio::time::resume();
+    let read = second.await.expect("runs").expect("comes");
+    assert!(read == sites.content[3 * BLOCK as usize..][..4096]);
+}
+
+/// `timeout = "forever"`: no outage is too long.
+#[tokio::test]
+async fn a_guest_may_wait_for_ever() {
+    let sites = Sites::new();
+    let clock = Clock::hold();
+    let volume = sites.volume(true, None);
+    let waiting = tokio::spawn({
+        let volume = Arc::clone(&volume);
+        async move { volume.read(2 * BLOCK, 4096).await }
+    });
+    for _ in 0..30 {
+        clock.pass(24 * 3600).await;
+        assert!(!waiting.is_finished());
+    }
+    sites.connect().await;
+    drop(clock.0);
+    tokio::time::resume();
+    let read = waiting.await.expect("runs").expect("comes after a month");
+    assert!(read == sites.content[2 * BLOCK as usize..][..4096]);
+}

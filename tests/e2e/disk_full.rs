@@ -1,7 +1,7 @@
 //! The destination's disk is full half-way: guests go on reading, the status says what to do, and the copy goes on by
 //! itself when there is room. The disk is a small tmpfs in a mount namespace of the daemon's own, which goes with it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::disk::{BLOCK, Disk, assert_same};
@@ -16,30 +16,41 @@ fn unshare() -> Vec<String> {
 }
 
 /// The launcher of a daemon for which `folder` is a file system of so many MiB.
-fn on_small_disk(folder: &Path, mib: u32) -> Vec<String> {
+pub fn on_small_disk(folder: &Path, mib: u32) -> Vec<String> {
     let script = format!("mount -t tmpfs -o size={mib}m blockferry-test '{}' && exec \"$@\"", text(folder));
     let mut words = unshare();
     words.extend(["sh".to_owned(), "-c".to_owned(), script, "sh".to_owned()]);
     words
 }
 
-#[test]
-fn a_full_disk_stalls_the_copy_and_nothing_else() {
-    let test = "a_full_disk_stalls_the_copy_and_nothing_else";
+/// Says so where there are no small disks.
+pub fn is_impossible(test: &str) -> bool {
     let probe = tempfile::tempdir().expect("a directory");
     let launcher = on_small_disk(probe.path(), 1);
     let tried = Command::new(&launcher[0]).args(&launcher[1..]).arg("true").output();
-    if !tried.is_ok_and(|tried| tried.status.success()) {
-        return skipped(test, "mount namespaces cannot be made here");
+    let is_impossible = !tried.is_ok_and(|tried| tried.status.success());
+    if is_impossible {
+        skipped(test, "mount namespaces cannot be made here");
     }
+    is_impossible
+}
 
+/// A folder as the daemon sees it, from outside its namespace.
+pub fn seen_by(pid: i32, folder: &Path) -> PathBuf {
+    let root = Path::new("/proc").join(pid.to_string()).join("root");
+    root.join(folder.strip_prefix("/").expect("absolute"))
+}
+
+#[test]
+fn a_full_disk_stalls_the_copy_and_nothing_else() {
+    if is_impossible("a_full_disk_stalls_the_copy_and_nothing_else") {
+        return;
+    }
     let small = tempfile::tempdir().expect("a directory");
     let mut pair = Pair::with(link(100, 4), |_, b| b.launcher = on_small_disk(small.path(), 14));
     let disk = Disk::noisy(100, 160);
     pair.add("vm", &disk);
-    // Seen from outside its namespace.
-    let inside = Path::new("/proc").join(pair.b.pid().to_string()).join("root");
-    let inside = inside.join(small.path().strip_prefix("/").expect("absolute"));
+    let inside = seen_by(pair.b.pid(), small.path());
     std::fs::write(inside.join("ballast"), vec![1; 8 << 20]).expect("fills the small disk");
 
     let destination = small.path().join("vm.raw");

@@ -13,6 +13,7 @@ mod outages;
 mod ownership;
 mod pace;
 mod relocation;
+mod running_out;
 mod scale;
 mod site;
 mod tls;

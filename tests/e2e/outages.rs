@@ -197,3 +197,43 @@ fn a_cut_that_ends_the_connection_is_survived() {
 fn a_short_cut_is_survived() {
     the_guest_goes_on(Outage::ShortCut);
 }
+
+/// The patience that is configured has an end: an I/O error, on a connection that stays, and whatever is here goes on.
+#[test]
+fn a_read_that_waited_long_enough_is_an_error_and_nobody_is_disconnected() {
+    let mut pair = Pair::with(link(MBIT_PER_S, RTT_MS), |_, b| {
+        b.peer_lines = "idle_timeout = \"1s\"".to_owned();
+        b.sections = "[demand]\ntimeout = \"4s\"\n".to_owned();
+    });
+    let disk = Disk::noisy(40, BLOCKS);
+    pair.add("vm", &disk);
+    pair.relocate("vm", &[]);
+    let mut client = pair.b.nbd("vm");
+    let mut other = pair.b.nbd_structured("vm");
+    pair.b.wait_share("vm", 0.1);
+    pair.a.kill();
+    let waits = client.submit_read(last_blocks(0) as u64, BLOCK);
+    let status = crate::site::eventually("the status says what is waited for, by whom, since when", || {
+        let status = pair.b.status("vm");
+        let reason = status["phase_reason"].as_str().unwrap_or_default();
+        let says_all =
+            ["a cannot be reached since 20", "guest reads that wait: 1"].iter().all(|word| reason.contains(word));
+        if says_all && status["phase"] == "stalled" { Ok(status) } else { Err(status.to_string()) }
+    });
+    assert_eq!(status["nbd_clients"], 2);
+    assert_eq!(client.wait(waits), Err(crate::nbd_client::EIO));
+    let log = pair.b.log();
+    for words in ["guests wait for blocks: a cannot be reached since", "a block did not come within 4 s"] {
+        assert!(log.contains(words), "no word of {words:?} in:\n{log}");
+    }
+    // The same connections, before and after.
+    for client in [&mut client, &mut other] {
+        assert_same("a block that is here", &client.read(0, BLOCK), &disk.bytes[..BLOCK]);
+        client.flush();
+    }
+    pair.a.start();
+    assert_same("a later read", &client.read(last_blocks(0) as u64, BLOCK), &disk.bytes[last_blocks(0)..]);
+    assert_same("on both", &other.read(last_blocks(1) as u64, BLOCK), &disk.bytes[last_blocks(1)..][..BLOCK]);
+    pair.b.wait_phase("vm", "released_from_source");
+    assert_same("the disk", &client.read_all(), &disk.bytes);
+}

@@ -170,6 +170,14 @@ impl Site {
     /// Starts the daemon and waits for its `ready` line.
     #[track_caller]
     pub fn start(&mut self) {
+        if let Err(status) = self.try_start() {
+            panic!("serve of site {} ended with {status}:\n{}", self.name, self.log());
+        }
+    }
+
+    /// The same; what it ended with, if it did instead.
+    #[track_caller]
+    pub fn try_start(&mut self) -> Result<(), ExitStatus> {
         assert!(self.child.is_none(), "site {} runs already", self.name);
         let out = self.dir.join("ready.out");
         let log = File::options().create(true).append(true).open(self.log_path()).expect("opens the log");
@@ -178,15 +186,21 @@ impl Site {
         let line = eventually("the line `ready ...`", || {
             let text = std::fs::read_to_string(&out).unwrap_or_default();
             if let Some((line, _)) = text.split_once('\n') {
-                return Ok(line.to_owned());
+                return Ok(Ok(line.to_owned()));
             }
             let child = self.child.as_mut().expect("was started above");
-            if let Some(status) = child.try_wait().expect("can be waited for") {
-                self.child = None;
-                panic!("serve of site {} ended with {status}:\n{}", self.name, self.log());
+            match child.try_wait().expect("can be waited for") {
+                Some(status) => Ok(Err(status)),
+                None => Err(text),
             }
-            Err(text)
         });
+        let line = match line {
+            Ok(line) => line,
+            Err(status) => {
+                self.child = None;
+                return Err(status);
+            }
+        };
         assert!(line.starts_with(&format!("ready site={} ", self.name)), "the ready line is {line:?}");
         let value = |key: &str| {
             let values = line.split(' ').filter_map(|word| word.strip_prefix(key)?.strip_prefix('='));
@@ -197,6 +211,7 @@ impl Site {
             nbd.strip_prefix("nbd://").or(nbd.strip_prefix("nbds://"))?.trim_end_matches('/').parse().ok()
         };
         self.nbd_tcp = value("nbd").iter().find_map(tcp);
+        Ok(())
     }
 
     /// Runs a daemon that is expected to refuse to serve.

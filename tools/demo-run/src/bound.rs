@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::process::check_interrupt;
+use blockferry_lab::process::check_interrupt;
 
 /// The level that the bound is defined with.
 const ZSTD_LEVEL: i32 = 3;

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Serialize;
 
-use crate::nbd::NbdClient;
-use crate::process::check_interrupt;
-use crate::random::Random;
+use blockferry_lab::nbd::NbdClient;
+use blockferry_lab::process::check_interrupt;
+use blockferry_lab::random::Random;
 
 /// Connections, each with one request at a time.
 const WORKERS: usize = 2;
@@ -258,7 +258,7 @@ fn work(task: &Task, place: usize, started: Instant, stop: &AtomicBool, busy: &B
                 let context = || format!("writing {length} bytes at {offset}");
                 if zero {
                     bytes.fill(0);
-                    nbd.write_zeroes(offset, length as u32).with_context(context)?;
+                    nbd.write_zeroes(offset, length as u32, false).with_context(context)?;
                 } else {
                     random.fill(bytes);
                     nbd.write(offset, bytes, fua).with_context(context)?;

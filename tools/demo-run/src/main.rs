@@ -5,12 +5,8 @@
 mod bound;
 mod cli;
 mod guest;
-mod nbd;
-mod process;
-mod random;
 mod report;
 mod run;
-mod site;
 
 use std::process::ExitCode;
 

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::bound::MustMove;
 use crate::guest::GuestReport;
-use crate::site::VolumeStatus;
+use blockferry_lab::site::VolumeStatus;
 
 /// The second image may cost so much for each byte that has to move: packet headers, acknowledgements, manifest.
 pub const RATIO_BOUND: f64 = 1.06;
@@ -247,7 +247,7 @@ pub fn mib(bytes: u64) -> String {
 mod tests {
     use super::*;
     use crate::guest::Latency;
-    use crate::site::parse;
+    use blockferry_lab::site::parse;
 
     fn volume(name: &str) -> Volume {
         let status = r#"{"name":"vm01","phase":"released_from_source","phase_reason":"","owner":"b","image":"/x",

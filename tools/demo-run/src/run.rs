@@ -1,21 +1,23 @@
 //! The demo, from the images to the verdict.
 //! Must not know how sites, relay and client do their work.
 
-use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use blockferry_lab::images::{self, Image, Wanted, first_difference};
+use blockferry_lab::process::{self, catch_signals, check_interrupt};
+use blockferry_lab::run_dir::{RunDir, home_dir, require_room};
+use blockferry_lab::site::{Programs, Relay, Site, VolumeStatus, parse};
 use serde::Deserialize;
 
 use crate::bound::{Known, MustMove};
 use crate::cli::Cli;
 use crate::guest::{Guest, Task};
-use crate::process::{self, catch_signals, check_interrupt};
 use crate::report::{self, DEMAND_SLACK_MS, Report, mib};
-use crate::site::{Programs, Relay, Site, VolumeStatus, parse};
 
 const BLOCK_BYTES: u64 = 64 << 10;
 /// A relocation in which nothing has arrived for so long has failed.
@@ -30,14 +32,14 @@ const SAY_EVERY: Duration = Duration::from_secs(4);
 pub fn run(cli: &Cli) -> Result<bool> {
     catch_signals()?;
     let clock = Clock(Instant::now());
-    let programs = Programs::find(&programs_dir(cli)?)?;
-    let home = demo_dir(cli)?;
+    let programs = Programs::find(cli.programs.as_deref())?;
+    let home = home_dir(cli.dir.as_deref(), "demo")?;
     let size_bytes = cli.size.unwrap_or(if cli.quick { 64 << 20 } else { 1 << 30 });
     println!("Three similar disks move between two sites: {}, round trip {} ms.", cli.rate, rtt_ms(cli));
 
     let images = make_images(cli, &programs, &home, size_bytes, &clock)?;
     let run_dir = RunDir::make(&home, cli.keep)?;
-    let outcome = relocate_all(cli, &programs, &images, &run_dir.path, &clock);
+    let outcome = relocate_all(cli, &programs, &images, run_dir.path(), &clock);
     // Whatever else failed, failed because of it.
     check_interrupt()?;
     if outcome.is_err() && !cli.keep {
@@ -58,42 +60,15 @@ pub fn run(cli: &Cli) -> Result<bool> {
     Ok(report.is_right() && report.is_frugal())
 }
 
-struct Image {
-    name: String,
-    source: PathBuf,
-}
-
 fn make_images(cli: &Cli, programs: &Programs, home: &Path, size_bytes: u64, clock: &Clock) -> Result<Vec<Image>> {
-    #[derive(Deserialize)]
-    struct Fleet {
-        images: Vec<FleetImage>,
-    }
-    #[derive(Deserialize)]
-    struct FleetImage {
-        path: PathBuf,
-        profile: Option<String>,
-    }
-    let from_host = cli.quick || size_bytes < 1 << 30;
-    let out = home.join(format!("images-{}MiB{}", size_bytes >> 20, if from_host { "-host" } else { "" }));
+    let wanted = Wanted { count: 3, size_bytes, from_host: cli.quick || size_bytes < 1 << 30 };
+    let out = wanted.dir(home);
     clock.say(&format!("images: {}", out.display()));
-    require_room(home, size_bytes * if out.join("fleet.json").exists() { 6 } else { 10 })?;
-    let mut fleet = process::command(&programs.fleet);
-    fleet.args(["--json", "--vms", "3", "--size", &size_bytes.to_string(), "--out"]).arg(&out);
-    if from_host {
-        fleet.args(["--from-host", "--data-mb", &(size_bytes >> 24).clamp(1, 32).to_string()]);
-    }
-    let fleet: Fleet = parse(&process::output(&mut fleet, true)?)?;
-    let clones = fleet.images.into_iter().filter(|image| image.profile.is_some());
-    let images: Vec<_> = (1..)
-        .zip(clones)
-        .map(|(place, image)| {
-            let profile = image.profile.unwrap_or_default();
-            clock.say(&format!("  vm{place:02}: {} ({profile})", mib_of(size_bytes)));
-            Image { name: format!("vm{place:02}"), source: image.path }
-        })
-        .collect();
-    if images.len() != 3 {
-        bail!("the fleet has {} virtual machines instead of 3", images.len());
+    let times = if wanted.is_made(home) { 6 } else { 10 };
+    require_room(home, size_bytes * times, "say --dir DIR, or --quick")?;
+    let images = images::make(programs, home, &wanted)?;
+    for image in &images {
+        clock.say(&format!("  {}: {} ({})", image.name, mib_of(size_bytes), image.profile));
     }
     Ok(images)
 }
@@ -108,16 +83,16 @@ fn relocate_all(cli: &Cli, programs: &Programs, images: &[Image], run_dir: &Path
     clock.say("copying the images, to have something to compare with in the end");
     let before = images.iter().map(|image| modified(&image.source)).collect::<Result<Vec<_>>>()?;
     for image in images {
-        let mut copy = process::command("cp");
-        copy.args(["--sparse=always", "--reflink=auto"]).arg(&image.source).arg(expected(run_dir, &image.name));
-        process::output(&mut copy, false)?;
+        images::copy_sparse(&image.source, &expected(run_dir, &image.name))?;
     }
 
     let mut a = Site::init(programs, run_dir, "a")?;
     let mut b = Site::init(programs, run_dir, "b")?;
-    a.start(&b, None)?;
-    let mut relay = Relay::start(programs, run_dir, a.peer_address(), cli.rate, cli.rtt)?;
-    b.start(&a, Some(&relay.address))?;
+    a.configure(&b, None, "")?;
+    a.start()?;
+    let mut relay = Relay::start(programs, run_dir, "wan", a.peer_address(), cli.rate, cli.rtt)?;
+    b.configure(&a, Some(&relay.address), "")?;
+    b.start()?;
     clock.say(&format!("sites a and b are up; a owns the images; the WAN is at {}", relay.address));
     for image in images {
         let path = image.source.to_string_lossy().into_owned();
@@ -343,90 +318,12 @@ impl Phase<'_> {
     }
 }
 
-/// A run's files; gone in the end, unless they are to be kept.
-struct RunDir {
-    path: PathBuf,
-    keep: bool,
-}
-
-impl RunDir {
-    fn make(home: &Path, keep: bool) -> Result<RunDir> {
-        sweep(home);
-        let path = home.join(format!("run-{}", std::process::id()));
-        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        if keep {
-            let kept = home.join(format!("kept-{}", std::process::id()));
-            fs::rename(&path, &kept).with_context(|| format!("cannot make {}", kept.display()))?;
-            return Ok(RunDir { path: kept, keep });
-        }
-        Ok(RunDir { path, keep })
-    }
-}
-
-impl Drop for RunDir {
-    fn drop(&mut self) {
-        if self.keep {
-            println!("Images, logs and configurations of this run are in {}", self.path.display());
-        } else if let Err(error) = fs::remove_dir_all(&self.path) {
-            eprintln!("demo: cannot remove {}: {error}", self.path.display());
-        }
-    }
-}
-
-/// Removes what runs left that were killed.
-fn sweep(home: &Path) {
-    let Ok(entries) = fs::read_dir(home) else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let pid = name.to_str().and_then(|name| name.strip_prefix("run-")).and_then(|pid| pid.parse::<u32>().ok());
-        if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
-            // It takes room, no more: the next run tries again.
-            let _ = fs::remove_dir_all(entry.path());
-        }
-    }
-}
-
 struct Clock(Instant);
 
 impl Clock {
     fn say(&self, what: &str) {
         println!("[{:4.0}s] {what}", self.0.elapsed().as_secs_f64());
     }
-}
-
-fn programs_dir(cli: &Cli) -> Result<PathBuf> {
-    match &cli.programs {
-        Some(dir) => Ok(dir.clone()),
-        None => {
-            let me = std::env::current_exe().context("where is this program?")?;
-            Ok(me.parent().unwrap_or(Path::new(".")).to_owned())
-        }
-    }
-}
-
-fn demo_dir(cli: &Cli) -> Result<PathBuf> {
-    let dir = match (&cli.dir, std::env::var_os("HOME")) {
-        (Some(dir), _) => dir.clone(),
-        (None, Some(home)) => Path::new(&home).join(".cache/blockferry/demo"),
-        (None, None) => bail!("HOME is not set: say --dir DIR"),
-    };
-    fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    let dir = fs::canonicalize(&dir).with_context(|| format!("cannot find {}", dir.display()))?;
-    // run-PID/a/control.sock has to fit a socket's address, 107 bytes.
-    if dir.as_os_str().len() > 75 {
-        bail!("{} is too long for sockets in it: say --dir DIR with a shorter path", dir.display());
-    }
-    Ok(dir)
-}
-
-fn require_room(dir: &Path, needed_bytes: u64) -> Result<()> {
-    let stats = nix::sys::statvfs::statvfs(dir).with_context(|| format!("cannot look at {}", dir.display()))?;
-    let free = stats.blocks_available() as u64 * stats.fragment_size() as u64;
-    if free < needed_bytes {
-        let (free, needed, dir) = (mib_of(free), mib_of(needed_bytes), dir.display());
-        bail!("{dir} has room for {free}, the demo needs {needed}: say --dir DIR, or --quick");
-    }
-    Ok(())
 }
 
 fn expected(run_dir: &Path, name: &str) -> PathBuf {
@@ -438,65 +335,10 @@ fn modified(path: &Path) -> Result<(i64, i64, u64)> {
     Ok((meta.mtime(), meta.mtime_nsec(), meta.len()))
 }
 
-/// Where two files differ first, in words; `None`: nowhere.
-fn first_difference(is: &Path, should: &Path) -> Result<Option<String>> {
-    let open = |path: &Path| File::open(path).with_context(|| format!("cannot open {}", path.display()));
-    let (is_file, should_file) = (open(is)?, open(should)?);
-    let (is_length, length) = (is_file.metadata()?.len(), should_file.metadata()?.len());
-    if is_length != length {
-        return Ok(Some(format!("{is_length} bytes instead of {length}")));
-    }
-    let (mut a, mut b) = (vec![0; 1 << 20], vec![0; 1 << 20]);
-    for offset in (0..length).step_by(1 << 20) {
-        let count = (length - offset).min(1 << 20) as usize;
-        is_file.read_exact_at(&mut a[..count], offset).with_context(|| format!("cannot read {}", is.display()))?;
-        should_file.read_exact_at(&mut b[..count], offset).context("cannot read the expected image")?;
-        if let Some(at) = (0..count).find(|at| a[*at] != b[*at]) {
-            let byte = offset + at as u64;
-            return Ok(Some(format!("byte {byte} is {:#04x} and should be {:#04x}", a[at], b[at])));
-        }
-    }
-    Ok(None)
-}
-
 fn rtt_ms(cli: &Cli) -> f64 {
     cli.rtt.0.as_secs_f64() * 1000.0
 }
 
 fn mib_of(bytes: u64) -> String {
     format!("{} MiB", mib(bytes))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn differences_are_found_and_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = |name: &str, bytes: &[u8]| {
-            let path = dir.path().join(name);
-            fs::write(&path, bytes).unwrap();
-            path
-        };
-        let one = file("one", b"abc");
-        assert_eq!(first_difference(&one, &file("same", b"abc")).unwrap(), None);
-        let other = first_difference(&one, &file("other", b"abd")).unwrap().unwrap();
-        assert!(other.starts_with("byte 2 is 0x63"), "{other}");
-        let longer = first_difference(&one, &file("longer", b"abcd")).unwrap().unwrap();
-        assert!(longer.starts_with("3 bytes instead of 4"), "{longer}");
-    }
-
-    #[test]
-    fn only_what_dead_runs_left_is_swept() {
-        let dir = tempfile::tempdir().unwrap();
-        let mine = format!("run-{}", std::process::id());
-        // Above the largest process id that Linux gives.
-        for name in [mine.as_str(), "run-4194305", "kept-4194305", "images"] {
-            fs::create_dir(dir.path().join(name)).unwrap();
-        }
-        sweep(dir.path());
-        let left = |name: &str| dir.path().join(name).exists();
-        assert_eq!([left(&mine), left("run-4194305"), left("kept-4194305"), left("images")], [true, false, true, true]);
-    }
 }

@@ -17,14 +17,21 @@ const CMD_READ: u16 = 0;
 const CMD_WRITE: u16 = 1;
 const CMD_DISC: u16 = 2;
 const CMD_FLUSH: u16 = 3;
+const CMD_TRIM: u16 = 4;
 const CMD_WRITE_ZEROES: u16 = 6;
 const FLAG_FUA: u16 = 1;
-/// What the client uses, as transmission flags: FLUSH, FUA, WRITE_ZEROES.
-const NEEDED_FLAGS: u16 = 1 << 2 | 1 << 3 | 1 << 6;
-/// No answer for so long is a failure of the demo, not patience.
+/// What the client uses, as transmission flags: FLUSH, FUA, TRIM, WRITE_ZEROES.
+const NEEDED_FLAGS: u16 = 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6;
+/// No answer for so long is a failure, not patience.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// The server's answer was an error; the connection is fine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the server answered with NBD error {0}")]
+pub struct NbdError(pub u32);
+
 /// A connection with one export.
+#[derive(Debug)]
 pub struct NbdClient {
     stream: UnixStream,
     size_bytes: u64,
@@ -35,7 +42,7 @@ impl NbdClient {
     /// Connects and opens `export`.
     ///
     /// # Errors
-    /// When there is no server, no such export, or one that lacks FLUSH, FUA or WRITE_ZEROES.
+    /// When there is no server, no such export, or one that lacks FLUSH, FUA, TRIM or WRITE_ZEROES.
     pub fn open(socket: &Path, export: &str) -> io::Result<NbdClient> {
         let mut stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -80,7 +87,7 @@ impl NbdClient {
             Some((size_bytes, flags)) if flags & NEEDED_FLAGS == NEEDED_FLAGS => {
                 Ok(NbdClient { stream, size_bytes, cookie: 0 })
             }
-            Some(_) => Err(broken("the export lacks FLUSH, FUA or WRITE_ZEROES, or is read-only")),
+            Some(_) => Err(broken("the export lacks FLUSH, FUA, TRIM or WRITE_ZEROES, or is read-only")),
             None => Err(broken("the export's size is not told")),
         }
     }
@@ -100,6 +107,30 @@ impl NbdClient {
         self.stream.read_exact(into)
     }
 
+    /// Reads all of these (offset, length), with all of them under way at a time.
+    ///
+    /// # Errors
+    /// The server's, or a broken connection.
+    pub fn read_all(&mut self, wanted: &[(u64, u32)]) -> io::Result<Vec<Vec<u8>>> {
+        let first = self.cookie + 1;
+        for (offset, length) in wanted {
+            self.ask(CMD_READ, 0, *offset, *length, &[])?;
+        }
+        let mut found = vec![Vec::new(); wanted.len()];
+        for _ in wanted {
+            let (cookie, errno) = self.reply()?;
+            let place = cookie.checked_sub(first).map(|place| place as usize).filter(|place| *place < wanted.len());
+            let place = place.ok_or_else(|| broken("a reply to something else"))?;
+            if errno != 0 {
+                return Err(io::Error::other(NbdError(errno)));
+            }
+            let mut bytes = vec![0; wanted[place].1 as usize];
+            self.stream.read_exact(&mut bytes)?;
+            found[place] = bytes;
+        }
+        Ok(found)
+    }
+
     /// Writes; with `fua`, is done only when it is durable.
     ///
     /// # Errors
@@ -109,12 +140,21 @@ impl NbdClient {
         self.answer()
     }
 
-    /// Makes a range zero.
+    /// As [`NbdClient::write_zeroes`], by TRIM.
     ///
     /// # Errors
     /// As for [`NbdClient::read`].
-    pub fn write_zeroes(&mut self, offset: u64, length: u32) -> io::Result<()> {
-        self.ask(CMD_WRITE_ZEROES, 0, offset, length, &[])?;
+    pub fn trim(&mut self, offset: u64, length: u32) -> io::Result<()> {
+        self.ask(CMD_TRIM, 0, offset, length, &[])?;
+        self.answer()
+    }
+
+    /// Makes a range zero; with `fua`, is done only when it is durable.
+    ///
+    /// # Errors
+    /// As for [`NbdClient::read`].
+    pub fn write_zeroes(&mut self, offset: u64, length: u32, fua: bool) -> io::Result<()> {
+        self.ask(CMD_WRITE_ZEROES, if fua { FLAG_FUA } else { 0 }, offset, length, &[])?;
         self.answer()
     }
 
@@ -149,15 +189,21 @@ impl NbdClient {
     }
 
     fn answer(&mut self) -> io::Result<()> {
+        match self.reply()? {
+            (cookie, _) if cookie != self.cookie => Err(broken("a reply to something else")),
+            (_, 0) => Ok(()),
+            (_, errno) => Err(io::Error::other(NbdError(errno))),
+        }
+    }
+
+    /// The next reply's cookie and error.
+    fn reply(&mut self) -> io::Result<(u64, u32)> {
         let mut head = [0; 16];
         self.stream.read_exact(&mut head)?;
-        if u32_at(&head, 0) != SIMPLE_REPLY || u64_at(&head, 8) != self.cookie {
-            return Err(broken("a reply to something else"));
+        if u32_at(&head, 0) != SIMPLE_REPLY {
+            return Err(broken("no simple reply"));
         }
-        match u32_at(&head, 4) {
-            0 => Ok(()),
-            errno => Err(io::Error::other(format!("the server answered with NBD error {errno}"))),
-        }
+        Ok((u64_at(&head, 8), u32_at(&head, 4)))
     }
 }
 

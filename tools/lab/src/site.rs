@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use blockferry_wan::WanStats;
@@ -11,7 +12,7 @@ use blockferry_wan::units::{Rate, Span};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::process::{self, Daemon};
+use crate::process::{self, Asked, Daemon};
 
 /// The programs of this repository.
 pub struct Programs {
@@ -24,11 +25,15 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Those in `dir`.
+    /// Those in `dir`, or beside this program.
     ///
     /// # Errors
     /// When one is missing.
-    pub fn find(dir: &Path) -> Result<Programs> {
+    pub fn find(dir: Option<&Path>) -> Result<Programs> {
+        let dir = match dir {
+            Some(dir) => dir.to_owned(),
+            None => std::env::current_exe().context("where is this program?")?.with_file_name(""),
+        };
         let find = |name: &str| {
             let path = dir.join(name);
             if path.exists() { Ok(path) } else { bail!("{} is missing: run tools/demo, it builds it", path.display()) }
@@ -62,28 +67,77 @@ impl Site {
         init.args(["init", "--json", "--name", name, "--state"]).arg(&dir);
         let Init { fingerprint } = parse(&process::output(&mut init, false)?)?;
         let blockferry = programs.blockferry.clone();
-        Ok(Site { name, dir, blockferry, fingerprint, daemon: None, peer_address: String::new() })
+        Ok(Site { name, dir, blockferry, fingerprint, daemon: None, peer_address: "127.0.0.1:0".to_owned() })
     }
 
-    /// Configures it for one peer and starts its daemon. A site that has no address for its peer waits to be dialled.
+    /// Configures it for one peer. A site that has no address for its peer waits to be dialled. `more` are lines for
+    /// `[peer]`.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn configure(&self, peer: &Site, address: Option<&str>, more: &str) -> Result<()> {
+        let address = address.map_or(String::new(), |address| format!("address = \"{address}\"\n"));
+        let config = format!(
+            "[site]\nname = \"{}\"\nstate_dir = \".\"\n\n[peer]\nlisten = \"{}\"\n{more}\n\
+             [[peers]]\nname = \"{}\"\n{address}fingerprint = \"{}\"\nvolumes = [\"*\"]\n",
+            self.name, self.peer_address, peer.name, peer.fingerprint
+        );
+        let path = self.config();
+        fs::write(&path, config).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// Starts its daemon and waits until it is ready; how long that took. At every start but the first, peers reach it
+    /// where they did before.
     ///
     /// # Errors
     /// When the daemon does not get ready.
-    pub fn start(&mut self, peer: &Site, address: Option<&str>) -> Result<()> {
-        let address = address.map_or(String::new(), |address| format!("address = \"{address}\"\n"));
-        let config = format!(
-            "[site]\nname = \"{}\"\nstate_dir = \".\"\n\n[peer]\nlisten = \"127.0.0.1:0\"\n\n\
-             [[peers]]\nname = \"{}\"\n{address}fingerprint = \"{}\"\nvolumes = [\"*\"]\n",
-            self.name, peer.name, peer.fingerprint
-        );
-        let path = self.dir.join("blockferry.toml");
-        fs::write(&path, config).with_context(|| format!("cannot write {}", path.display()))?;
+    pub fn start(&mut self) -> Result<Duration> {
+        let begun = Instant::now();
+        self.begin()?;
+        if let Some(daemon) = &mut self.daemon {
+            let address = daemon.ready("peer")?;
+            if self.peer_address != address {
+                let text = fs::read_to_string(self.config()).context("the configuration is gone")?;
+                let text =
+                    text.replace(&format!("listen = \"{}\"", self.peer_address), &format!("listen = \"{address}\""));
+                fs::write(self.config(), text).context("cannot write the configuration")?;
+                self.peer_address = address;
+            }
+        }
+        Ok(begun.elapsed())
+    }
+
+    /// Starts its daemon and waits for nothing.
+    ///
+    /// # Errors
+    /// When there is no such program.
+    pub fn begin(&mut self) -> Result<()> {
         let mut serve = process::command(&self.blockferry);
-        serve.args(["serve", "--config"]).arg(path);
-        let mut daemon = Daemon::start(&format!("site {}", self.name), &mut serve, &self.dir.join("serve.log"))?;
-        self.peer_address = daemon.ready("peer")?;
-        self.daemon = Some(daemon);
+        serve.args(["serve", "--config"]).arg(self.config());
+        self.daemon = Some(Daemon::start(&format!("site {}", self.name), &mut serve, &self.dir.join("serve.log"))?);
         Ok(())
+    }
+
+    /// SIGKILL: it says nothing, flushes nothing.
+    ///
+    /// # Errors
+    /// When it had ended by itself before.
+    pub fn kill(&mut self) -> Result<()> {
+        self.daemon.take().map_or(Ok(()), Daemon::kill)
+    }
+
+    /// How it is called.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn config(&self) -> PathBuf {
+        self.dir.join("blockferry.toml")
     }
 
     /// Where other sites reach it.
@@ -114,10 +168,19 @@ impl Site {
         process::output(command.args(arguments).arg("--state").arg(&self.dir), false)
     }
 
+    /// The same, begun and not waited for.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn ask_later(&self, arguments: &[&str]) -> Result<Asked> {
+        let mut command = process::command(&self.blockferry);
+        Asked::start(command.args(arguments).arg("--state").arg(&self.dir))
+    }
+
     /// Its status.
     ///
     /// # Errors
-    /// When it cannot be had, or lacks what the demo needs.
+    /// When it cannot be had, or lacks what these programs need.
     pub fn status(&mut self) -> Result<SiteStatus> {
         parse(&self.ask(&["status", "--json"])?)
     }
@@ -146,16 +209,23 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Starts it.
+    /// Starts it; `name` is that of its socket and its log in `run_dir`.
     ///
     /// # Errors
     /// When it does not get ready.
-    pub fn start(programs: &Programs, run_dir: &Path, to: &str, rate: Rate, Span(rtt): Span) -> Result<Relay> {
-        let control = format!("unix:{}", run_dir.join("wan.sock").display());
+    pub fn start(
+        programs: &Programs,
+        run_dir: &Path,
+        name: &str,
+        to: &str,
+        rate: Rate,
+        Span(rtt): Span,
+    ) -> Result<Relay> {
+        let control = format!("unix:{}", run_dir.join(name).with_extension("sock").display());
         let mut wan: Command = process::command(&programs.wan);
         wan.args(["--to", to, "--rate", &rate.to_string(), "--rtt", &format!("{}us", rtt.as_micros())]);
         wan.args(["--mtu", "1500", "--control", &control]);
-        let mut daemon = Daemon::start("the WAN", &mut wan, &run_dir.join("wan.log"))?;
+        let mut daemon = Daemon::start("the WAN", &mut wan, &run_dir.join(name).with_extension("log"))?;
         let address = daemon.ready("listen")?;
         Ok(Relay { program: programs.wan.clone(), control, daemon, address })
     }
@@ -176,9 +246,36 @@ impl Relay {
         self.ask("reset").map(|_| ())
     }
 
+    /// Nothing passes any more.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn cut(&mut self) -> Result<()> {
+        self.ask("cut").map(drop)
+    }
+
+    /// What is offered passes again.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn mend(&mut self) -> Result<()> {
+        self.ask("mend").map(drop)
+    }
+
+    /// Changes the bottleneck, both ways; `None`: there is none.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn set_rate(&mut self, rate: Option<Rate>) -> Result<()> {
+        let rate = rate.map_or("unlimited".to_owned(), |rate| rate.to_string());
+        self.ask(&format!("set rate={rate}")).map(drop)
+    }
+
     fn ask(&mut self, command: &str) -> Result<WanStats> {
         self.daemon.check()?;
-        parse(&process::output(process::command(&self.program).args(["ctl", &self.control, command]), false)?)
+        let mut wan = process::command(&self.program);
+        wan.args(["ctl", &self.control]).args(command.split(' '));
+        parse(&process::output(&mut wan, false)?)
     }
 
     /// Ends it.
@@ -190,7 +287,7 @@ impl Relay {
     }
 }
 
-/// What the demo reads of `blockferry status --json`.
+/// What these programs read of `blockferry status --json`.
 #[derive(Clone, Debug, Deserialize)]
 pub struct SiteStatus {
     /// By name.

@@ -88,6 +88,48 @@ pub fn output(command: &mut Command, seen: bool) -> Result<String> {
     bail!("{name} {} failed ({status})\n{}{}", args.join(" "), tail(&out), tail(&err))
 }
 
+/// A command under way.
+#[derive(Debug)]
+pub struct Asked {
+    child: Child,
+}
+
+impl Asked {
+    /// Starts it; what it says is not looked at.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(command: &mut Command) -> Result<Asked> {
+        let name = command.get_program().to_string_lossy().into_owned();
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        Ok(Asked { child: child.with_context(|| format!("cannot start {name}"))? })
+    }
+
+    /// Waits for its end, but no longer than this; whether it succeeded.
+    ///
+    /// # Errors
+    /// When it cannot be waited for, or somebody interrupts.
+    pub fn finish(mut self, patience: Duration) -> Result<bool> {
+        let deadline = Instant::now() + patience;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().context("cannot wait for a command")? {
+                return Ok(status.success());
+            }
+            check_interrupt()?;
+            thread::sleep(POLL);
+        }
+        Ok(false)
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        // Both fail when it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 fn drain(mut from: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
     thread::spawn(move || {
         let mut bytes = Vec::new();
@@ -98,6 +140,7 @@ fn drain(mut from: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
 }
 
 /// A program that runs until [`Daemon::stop`], or until this is dropped.
+#[derive(Debug)]
 pub struct Daemon {
     name: String,
     child: Child,
@@ -167,6 +210,16 @@ impl Daemon {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
         line.split_ascii_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
+    }
+
+    /// SIGKILL, and its end awaited.
+    ///
+    /// # Errors
+    /// When it had ended by itself before.
+    pub fn kill(mut self) -> Result<()> {
+        self.check()?;
+        self.child.kill().with_context(|| format!("cannot kill {}", self.name))?;
+        self.child.wait().map(drop).with_context(|| format!("cannot wait for {}", self.name))
     }
 
     /// SIGTERM, and its end awaited.

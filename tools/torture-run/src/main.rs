@@ -1,0 +1,29 @@
+//! `torture-run`: what `tools/torture` runs once everything is built. Real sites, a real image that moves back and forth
+//! while clients write to it, and SIGKILL, lost stores and dead links at random moments; whatever was acknowledged is
+//! checked after every restart.
+//! Must not know blockferry's library: it sees what a user sees, the command line, NBD and the files.
+
+mod cli;
+mod cycle;
+mod guest;
+mod model;
+mod record;
+mod relocation;
+mod report;
+mod run;
+mod terabyte;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    match run::run(&cli::Cli::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("torture: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
