@@ -161,6 +161,19 @@ pub enum Merge {
     Ranges(Vec<Range<u32>>),
 }
 
+/// Where a block's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// At the source.
+    Absent,
+    /// Here, as they were at the source.
+    Present,
+    /// Here, and a guest wrote some of them since.
+    Written,
+    /// What a guest wrote of them is here, the rest at the source.
+    PartlyWritten,
+}
+
 /// Residency of one volume, as changed under its lock.
 #[derive(Debug)]
 pub struct Residency {
@@ -192,6 +205,16 @@ impl Residency {
     /// How many absent blocks have sectors that the guest wrote.
     pub fn partial_blocks(&self) -> u64 {
         self.partial.len() as u64
+    }
+
+    /// What a block is now.
+    pub fn presence(&self, block: BlockIndex) -> Presence {
+        match (self.bits.is_resident(block), self.bits.is_written(block)) {
+            (true, true) => Presence::Written,
+            (true, false) => Presence::Present,
+            (false, _) if self.partial.contains_key(&block.0) => Presence::PartlyWritten,
+            (false, _) => Presence::Absent,
+        }
     }
 
     /// The valid sectors of an absent block; None when it has none (or is resident).

@@ -122,16 +122,16 @@ impl Image {
         self.file.write_all_at(bytes, offset).map_err(|error| self.io("writing", offset, error))
     }
 
-    /// Makes a range read as zeros: by a hole where `may_punch` and the file system can, by allocated zeros otherwise.
-    pub fn write_zeroes(&self, offset: u64, len_bytes: u64, may_punch: bool) -> Result<(), ImageError> {
+    /// As [`Image::write_zeroes`], but only where that takes no writing; false, and nothing done, where it would.
+    pub fn write_zeroes_fast(&self, offset: u64, len_bytes: u64, may_punch: bool) -> Result<bool, ImageError> {
         if len_bytes == 0 {
-            return Ok(());
+            return Ok(true);
         }
         let file = match self.file.file() {
             Ok(file) => file,
             Err(other) => {
                 let done = other.write_zeroes(offset, len_bytes, may_punch);
-                return done.map_err(|error| self.io("zeroing", offset, error));
+                return done.map(|()| true).map_err(|error| self.io("zeroing", offset, error));
             }
         };
         let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -139,10 +139,18 @@ impl Image {
         let modes: &[FallocateFlags] = if may_punch { &[punch, zero] } else { &[zero] };
         for mode in modes {
             match retry_interrupted(|| fallocate(file.as_fd(), *mode, offset as i64, len_bytes as i64)) {
-                Ok(()) => return Ok(()),
+                Ok(()) => return Ok(true),
                 Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENODEV) => {}
                 Err(errno) => return Err(self.io("zeroing", offset, errno.into())),
             }
+        }
+        Ok(false)
+    }
+
+    /// Makes a range read as zeros: by a hole where `may_punch` and the file system can, by allocated zeros otherwise.
+    pub fn write_zeroes(&self, offset: u64, len_bytes: u64, may_punch: bool) -> Result<(), ImageError> {
+        if self.write_zeroes_fast(offset, len_bytes, may_punch)? {
+            return Ok(());
         }
         let zeros = vec![0u8; len_bytes.min(1 << 20) as usize];
         let mut at = offset;

@@ -129,6 +129,19 @@ impl Socket {
         }
     }
 
+    /// Whether there is something to be read now, as far as that can be told.
+    pub(super) fn has_input(&self) -> bool {
+        let fd = match self {
+            Socket::Unix(stream) => stream.as_raw_fd(),
+            Socket::Tcp(stream) => stream.as_raw_fd(),
+            Socket::Tls(tls) => return tls.socket().has_input(),
+        };
+        let mut waiting: nix::libc::c_int = 0;
+        // SAFETY: writes one integer; the descriptor is open as long as the stream.
+        let told = unsafe { nix::libc::ioctl(fd, nix::libc::FIONREAD, &raw mut waiting) };
+        told == 0 && waiting > 0
+    }
+
     /// What a second handle of this connection can be made of, if that is possible.
     pub(super) fn twin(&self) -> Option<Twin> {
         match self {

@@ -134,6 +134,8 @@ pub(super) struct Transmission {
     jobs_out: usize,
     /// Whether requests may be run on the connection's own thread, where they may wait for the disk.
     may_run_here: bool,
+    /// There was more in the socket when a long payload had been read.
+    is_followed: bool,
     input_step_bytes: usize,
     /// Buffers of earlier payloads, for the next: fresh memory costs a page fault every 4 KiB.
     spare_payloads: Vec<BytesMut>,
@@ -174,6 +176,7 @@ impl Transmission {
             job: None,
             jobs_out: 0,
             may_run_here: true,
+            is_followed: false,
             input_step_bytes: INPUT_BYTES,
             spare_payloads: Vec::new(),
             reads: FuturesUnordered::new(),
@@ -510,7 +513,9 @@ impl Transmission {
         let read = match &mut self.intake {
             Intake::Large { request, payload } => {
                 let missing = request.command.payload_bytes() as usize - payload.len();
-                ready!(socket.poll_read(cx, payload, missing))
+                let read = ready!(socket.poll_read(cx, payload, missing));
+                self.is_followed = matches!(read, Ok(len) if len == missing) && socket.has_input();
+                read
             }
             _ => {
                 let step = self.input_step_bytes;
@@ -662,7 +667,9 @@ impl Transmission {
         if let Command::Write { len_bytes, fua, .. } = request.command
             && self.may_run_here
             && len_bytes as usize <= SYNC_MAX_BYTES
-            && (!fua || self.is_alone())
+            // What fills the socket is better taken out of it while another thread writes.
+            && !self.is_followed
+            && if fua || len_bytes as usize > SMALL_PAYLOAD_BYTES { self.is_alone() } else { true }
         {
             self.job = Some(Job { request, payload, taken_bytes: cost_bytes(&request.command) });
             return;

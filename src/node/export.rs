@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytes::Bytes;
 
+use crate::core::nbd::wire::BASE_ALLOCATION;
+use crate::core::residency::Presence;
 use crate::nbd::{BoxFuture, ContextIndex, Export, Exports, Extent, NbdErrno, OpenError, ReadData, ZeroFlags};
 use crate::volume::{Volume, VolumeError};
 
@@ -41,6 +43,24 @@ impl Exports for VolumeExports {
     fn default_export(&self) -> Option<String> {
         let mut names = self.0.names();
         if names.len() == 1 { names.pop() } else { None }
+    }
+}
+
+/// The metadata context that tells what of a volume has arrived.
+pub const RESIDENCY: &str = "blockferry:residency";
+
+/// In [`RESIDENCY`]: bytes of these blocks are still at the source. A read of them has to fetch.
+pub const RESIDENCY_ABSENT: u32 = 1;
+
+/// In [`RESIDENCY`]: a guest wrote to these blocks since the hand-over.
+pub const RESIDENCY_WRITTEN: u32 = 2;
+
+fn flags_of(presence: Presence) -> u32 {
+    match presence {
+        Presence::Present => 0,
+        Presence::Absent => RESIDENCY_ABSENT,
+        Presence::Written => RESIDENCY_WRITTEN,
+        Presence::PartlyWritten => RESIDENCY_ABSENT | RESIDENCY_WRITTEN,
     }
 }
 
@@ -104,6 +124,11 @@ impl Export for VolumeExport {
         fua: bool,
     ) -> BoxFuture<'_, Result<(), NbdErrno>> {
         Box::pin(async move {
+            if flags.fast {
+                let done = self.volume.write_zeroes_fast(offset, len_bytes, flags.may_punch, fua).await;
+                let is_done = done.map_err(|error| self.errno("WRITE_ZEROES", offset, &error))?;
+                return if is_done { Ok(()) } else { Err(NbdErrno::NotSup) };
+            }
             let done = self.volume.write_zeroes(offset, len_bytes, flags.may_punch, fua).await;
             done.map_err(|error| self.errno("WRITE_ZEROES", offset, &error))
         })
@@ -116,14 +141,23 @@ impl Export for VolumeExport {
         })
     }
 
+    fn contexts(&self) -> Vec<String> {
+        vec![BASE_ALLOCATION.to_owned(), RESIDENCY.to_owned()]
+    }
+
     fn extents(
         &self,
-        _context: ContextIndex,
+        context: ContextIndex,
         offset: u64,
         len_bytes: u64,
         max_extents: usize,
     ) -> BoxFuture<'_, Result<Vec<Extent>, NbdErrno>> {
         Box::pin(async move {
+            if context.0 == 1 {
+                let found = self.volume.presence(offset, len_bytes, max_extents).await;
+                let found = found.map_err(|error| self.errno("BLOCK_STATUS", offset, &error))?;
+                return Ok(found.into_iter().map(|(len, presence)| Extent::new(len, flags_of(presence))).collect());
+            }
             let found = self.volume.allocation(offset, len_bytes, max_extents).await;
             let found = found.map_err(|error| self.errno("BLOCK_STATUS", offset, &error))?;
             // "NBD_STATE_HOLE, bit 0 [...] NBD_STATE_ZERO, bit 1"

@@ -332,6 +332,43 @@ impl Volume {
         if fua { self.flush().await } else { Ok(()) }
     }
 
+    /// As [`Volume::write_zeroes`], but only where that takes no writing. False, and nothing done, where it might.
+    pub async fn write_zeroes_fast(
+        &self,
+        offset: u64,
+        len_bytes: u64,
+        may_punch: bool,
+        fua: bool,
+    ) -> Result<bool, VolumeError> {
+        if !self.is_complete() {
+            // Edges of absent blocks are written; a punched range behind the end tells whether holes can be made at all.
+            let image = self.image();
+            let is_fast = may_punch
+                && offset.is_multiple_of(u64::from(self.geometry.block_size.bytes()))
+                && len_bytes.is_multiple_of(u64::from(self.geometry.block_size.bytes()))
+                && image.write_zeroes_fast(image.size_bytes(), 4096, true)?;
+            if is_fast {
+                self.write_zeroes(offset, len_bytes, true, fua).await?;
+            }
+            return Ok(is_fast);
+        }
+        let admitted = self.admit()?;
+        let (change, disk) = (self.change(admitted, offset..offset + len_bytes), Arc::clone(&self.disk));
+        self.guest_writes();
+        let is_done = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&is_done);
+        let work = move || {
+            told.store(disk.image.write_zeroes_fast(offset, len_bytes, may_punch)?, Ordering::Release);
+            Ok(())
+        };
+        self.on_change_lane(move || change.run(work)).await?;
+        let is_done = is_done.load(Ordering::Acquire);
+        if is_done && fua {
+            self.flush().await?;
+        }
+        Ok(is_done)
+    }
+
     /// Discards a range: as zeros where that is cheap; the torn edges of an absent block stay as they are.
     pub async fn trim(&self, offset: u64, len_bytes: u64, fua: bool) -> Result<(), VolumeError> {
         if self.is_complete() {

@@ -14,6 +14,7 @@ use super::readahead::Readahead;
 use super::{Volume, VolumeError};
 use crate::core::ids::{BlockId, BlockIndex, Class};
 use crate::core::manifest::{Geometry, PageIndex};
+use crate::core::residency::Presence;
 use crate::fetch::{Block, Fetch, FetchError, Origin, VolumeKey};
 use crate::workers::Urgency;
 
@@ -241,6 +242,9 @@ async fn land_later(volume: &Volume, block: BlockIndex, fetched: Block) {
 /// thread that other guests wait for. Whoever wants to know more asks again from there.
 const MAX_LOOKED_AT_BLOCKS: u64 = 1 << 16;
 
+/// Of them, those that are looked at before guests' writes get their turn.
+const LOOKED_AT_UNDER_LOCK: usize = 1024;
+
 /// Blocks of one hint that are looked at.
 const MAX_HINT_BLOCKS: u64 = 4096;
 
@@ -307,6 +311,43 @@ impl Volume {
         let blocks = self.disk.blocks_of(offset, len_bytes);
         // There is room for far less; a hint about the whole disk must not be gone through block by block.
         fetch_ahead(self, blocks.start..blocks.end.min(blocks.start + MAX_HINT_BLOCKS));
+    }
+
+    /// Runs of a range by where their bytes are. At most [`MAX_LOOKED_AT_BLOCKS`] blocks at a time.
+    pub async fn presence(
+        &self,
+        offset: u64,
+        len_bytes: u64,
+        max_runs: usize,
+    ) -> Result<Vec<(u64, Presence)>, VolumeError> {
+        let end = offset + len_bytes;
+        if self.is_complete() {
+            return Ok(vec![(len_bytes, Presence::Present)]);
+        }
+        let disk = Arc::clone(&self.disk);
+        self.on_disk(move || {
+            let blocks = disk.blocks_of(offset, end - offset);
+            let blocks = blocks.start..blocks.end.min(blocks.start + MAX_LOOKED_AT_BLOCKS);
+            let mut runs: Vec<(u64, Presence)> = Vec::new();
+            let mut at = offset;
+            // The lock is given back now and then: guests' writes want it.
+            for first in blocks.clone().step_by(LOOKED_AT_UNDER_LOCK) {
+                let residency = disk.residency();
+                for block in first..blocks.end.min(first + LOOKED_AT_UNDER_LOCK as u64) {
+                    let next = disk.geometry.offset_of(BlockIndex(block + 1)).min(end);
+                    let presence = residency.presence(BlockIndex(block));
+                    let count = runs.len();
+                    match runs.last_mut() {
+                        Some((len, last)) if *last == presence => *len += next - at,
+                        _ if count == max_runs => return Ok(runs),
+                        _ => runs.push((next - at, presence)),
+                    }
+                    at = next;
+                }
+            }
+            Ok(runs)
+        })
+        .await
     }
 
     /// Runs of a range that are known to read as zeros (true) or may hold data (false). Absent blocks count as data unless

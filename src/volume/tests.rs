@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 
 use super::*;
 use crate::core::ids::{BlockId, Class};
+use crate::core::residency::Presence;
 use crate::core::scheduler::Limits;
 use crate::fetch::{Expected, Fetch, PeerKey};
 use crate::source::{Catalog, Hasher, Manifest, Refused, SourceOptions, SourceVolume, serve_link};
@@ -542,6 +543,52 @@ async fn the_extents_of_a_large_disk_are_told_in_parts() {
         assert!((1 << 31..=1 << 33).contains(&covered), "{covered} bytes from {offset} on");
         assert!(runs.iter().all(|(_, is_zero)| !is_zero), "what is absent is not zero");
     }
+}
+
+/// What clients are told of residency is what is counted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn presence_adds_up_to_the_counters() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (blocks, tail_bytes) = (3000, 512);
+    let size_bytes = blocks * BLOCK + tail_bytes;
+    let parts = VolumeParts {
+        name: name("vm"),
+        image: Arc::new(Image::create(&dir.path().join("vm.raw"), size_bytes).expect("creates")),
+        geometry: Geometry::new(size_bytes, BLOCK).expect("a geometry"),
+        state: Arc::new(MemoryState::new()),
+        workers: Workers::start("test", 2, 2).expect("threads"),
+        is_owner: true,
+    };
+    let volume = Volume::relocating(parts, true).expect("a volume");
+    let sector: Bytes = vec![1; 512].into();
+    volume.write(5 * BLOCK, vec![1; 2 * BLOCK as usize].into(), false).await.expect("writes");
+    volume.write(1023 * BLOCK, vec![1; 3 * BLOCK as usize].into(), false).await.expect("writes");
+    for at in [9 * BLOCK + 1024, 10 * BLOCK, 2047 * BLOCK] {
+        volume.write(at, sector.clone(), false).await.expect("writes");
+    }
+    volume.write(blocks * BLOCK, sector, false).await.expect("writes");
+    let runs = volume.presence(0, size_bytes, 100).await.expect("looks");
+    assert_eq!(runs.iter().map(|(len, _)| len).sum::<u64>(), size_bytes);
+    assert!(runs.windows(2).all(|pair| pair[0].1 != pair[1].1), "{runs:?}");
+    let blocks_of = |wanted: &[Presence]| -> u64 {
+        runs.iter().filter(|(_, is)| wanted.contains(is)).map(|(len, _)| len.div_ceil(BLOCK)).sum()
+    };
+    let snapshot = volume.snapshot();
+    assert_eq!(blocks_of(&[Presence::Absent, Presence::PartlyWritten]), snapshot.absent_blocks);
+    assert_eq!(blocks_of(&[Presence::Written]), snapshot.written_blocks);
+    assert_eq!(blocks_of(&[Presence::PartlyWritten]), 3);
+    assert_eq!(snapshot.partial_blocks, 3);
+    // In parts, beginning anywhere.
+    let mut at = 700;
+    let mut told = Vec::new();
+    while at < size_bytes {
+        let part = volume.presence(at, size_bytes - at, 2).await.expect("looks");
+        assert!(!part.is_empty() && part.len() <= 2);
+        at += part.iter().map(|(len, _)| len).sum::<u64>();
+        told.extend(part);
+    }
+    assert_eq!(told.iter().map(|(len, _)| len).sum::<u64>(), size_bytes - 700);
+    assert_eq!(told.iter().filter(|(_, is)| *is == Presence::PartlyWritten).count(), 2, "the first two are neighbours");
 }
 
 /// Time that moves only when it is told to: without this, it would leap to the next timer whenever the runtime waits for one
