@@ -70,9 +70,17 @@ impl RunDir {
         &self.path
     }
 
-    /// Leaves the files for a look, after all. The next run sweeps them away, unless they are moved.
+    /// Leaves the files for a look, after all.
     pub fn keep(&mut self) {
+        if self.keep {
+            return;
+        }
         self.keep = true;
+        // Under a name that no later run sweeps away; where that fails it is this one.
+        let kept = self.path.with_file_name(format!("kept-{}", std::process::id()));
+        if fs::rename(&self.path, &kept).is_ok() {
+            self.path = kept;
+        }
     }
 }
 
