@@ -44,6 +44,10 @@ pub struct Stamp {
     pub ctime_ns: i128,
 }
 
+/// The kernel makes a folio of its page cache as large as the write that brings it, and ext4 looks at all 4 KiB buffers of a
+/// folio in every later small write to it: 36 % of a 4 KiB write's time where the file had been filled by writes of 256 KiB.
+const PIECE_BYTES: usize = 64 << 10;
+
 /// From linux/fs.h, since Linux 6.14.
 const RWF_DONTCACHE: i32 = 0x80;
 
@@ -119,7 +123,12 @@ impl Image {
     /// Writes all of `bytes` at `offset`.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), ImageError> {
         debug_assert!(offset + bytes.len() as u64 <= self.size_bytes, "bounds are checked at the NBD edge");
-        self.file.write_all_at(bytes, offset).map_err(|error| self.io("writing", offset, error))
+        let mut at = offset;
+        for piece in bytes.chunks(PIECE_BYTES) {
+            self.file.write_all_at(piece, at).map_err(|error| self.io("writing", at, error))?;
+            at += piece.len() as u64;
+        }
+        Ok(())
     }
 
     /// As [`Image::write_zeroes`], but only where that takes no writing; false, and nothing done, where it would.

@@ -25,8 +25,12 @@ use super::watch::Watch;
 /// How long a client has to take notice of the end of its connection.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// The longest time for which the next request is looked for before the thread sleeps.
-const SPIN_MAX: Duration = Duration::from_micros(50);
+/// The longest time for which the next request is looked for before the thread sleeps: about what two wake-ups of a virtual
+/// CPU take, the client's and this thread's.
+const SPIN_MAX: Duration = Duration::from_micros(100);
+
+/// How often a thread goes to sleep at once, at the most, after it looked in vain.
+const REST_MAX: u32 = 256;
 
 /// A shorter search than this is not worth beginning.
 const SPIN_MIN: Duration = Duration::from_micros(8);
@@ -228,14 +232,22 @@ impl Caution {
 struct Spin {
     window: Duration,
     idle_since: Option<Instant>,
+    /// How often the thread still goes to sleep at once, and how often it did the last time.
+    rests: u32,
+    last_rests: u32,
 }
 
 impl Spin {
     /// The thread is up again: learns how long the client took.
     fn woken(&mut self) {
         let Some(since) = self.idle_since.take() else { return };
-        let gap = since.elapsed();
-        self.window = if gap < SPIN_MAX { (2 * gap).clamp(2 * SPIN_MIN, SPIN_MAX) } else { Duration::ZERO };
+        if self.rests > 0 {
+            self.rests -= 1;
+            return;
+        }
+        if self.window.is_zero() && since.elapsed() < SPIN_MAX {
+            self.window = SPIN_MAX;
+        }
     }
 
     /// Looks for input; whether there was some.
@@ -244,7 +256,11 @@ impl Spin {
         if !self.window.is_zero() {
             loop {
                 match read() {
-                    ReadNow::Some => return true,
+                    ReadNow::Some => {
+                        self.window = (2 * self.window).min(SPIN_MAX);
+                        self.last_rests = 0;
+                        return true;
+                    }
                     ReadNow::None => {}
                     // The reactor will tell.
                     ReadNow::Ended => break,
@@ -252,7 +268,10 @@ impl Spin {
                 if begun.elapsed() >= self.window {
                     self.window /= 2;
                     if self.window < SPIN_MIN {
+                        // Looking is not worth its CPU time with this client, for longer each time.
                         self.window = Duration::ZERO;
+                        self.last_rests = (2 * self.last_rests).clamp(8, REST_MAX);
+                        self.rests = self.last_rests;
                     }
                     break;
                 }
