@@ -27,6 +27,8 @@ pub(super) struct MemoryDisk {
     pub(super) read_only: AtomicBool,
     /// Serve reads and writes by the fast path.
     pub(super) at_once: AtomicBool,
+    /// The next write on its client's thread hangs until this is told, or dropped.
+    stuck: Mutex<Option<std::sync::mpsc::Receiver<()>>>,
     /// Requests whose offset lies here wait.
     held: watch::Sender<Range<u64>>,
     /// Reads wait until this many have come, then are answered in the reverse order.
@@ -43,6 +45,7 @@ impl MemoryDisk {
             bytes: Mutex::new(vec![0; size_bytes]),
             read_only: AtomicBool::new(false),
             at_once: AtomicBool::new(false),
+            stuck: Mutex::new(None),
             held: watch::Sender::new(0..0),
             reverse: Mutex::new(None),
             flushes: AtomicUsize::new(0),
@@ -50,6 +53,13 @@ impl MemoryDisk {
             writes_done: AtomicUsize::new(0),
             reads_begun: AtomicUsize::new(0),
         })
+    }
+
+    /// The next write that is served on its client's thread hangs there until the sender is used or dropped.
+    pub(super) fn hang_next_write(&self) -> std::sync::mpsc::Sender<()> {
+        let (release, stuck) = std::sync::mpsc::channel();
+        *self.stuck.lock() = Some(stuck);
+        release
     }
 
     /// Each run of 8 bytes holds its own offset, so that every block is told by its content.
@@ -201,6 +211,11 @@ impl Export for MemoryDisk {
     }
 
     fn write_here(&self, offset: u64, data: &[u8], _fua: bool) -> Option<Result<(), NbdErrno>> {
+        let stuck = self.stuck.lock().take();
+        if let Some(stuck) = stuck {
+            self.writes_begun.fetch_add(1, Ordering::SeqCst);
+            let _ = stuck.recv();
+        }
         self.at_once.load(Ordering::SeqCst).then(|| {
             self.bytes.lock()[offset as usize..offset as usize + data.len()].copy_from_slice(data);
             Ok(())

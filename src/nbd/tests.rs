@@ -109,6 +109,49 @@ async fn a_read_does_not_wait_behind_writes() {
 }
 
 #[tokio::test]
+async fn a_write_that_hangs_in_the_disk_holds_up_nothing_else_of_its_client() {
+    within(async {
+        for style in STYLES {
+            let disk = MemoryDisk::patterned(MIB);
+            disk.at_once.store(true, Ordering::SeqCst);
+            let served = serve(&disk).await;
+            let mut client = Client::connect(&served.path, style).await;
+            let hang = |disk: &MemoryDisk| disk.hang_next_write();
+            for round in 0..3 {
+                let release = hang(&disk);
+                let begun = disk.writes_begun.load(Ordering::SeqCst);
+                client.send_write(5, 4096, &[round; 600]).await;
+                until("the write", || disk.writes_begun.load(Ordering::SeqCst) > begun).await;
+                // Another thread goes on with whatever comes, be it longer than a page or in the middle of a payload.
+                assert!(client.read(65536, 4096).await == pattern(65536, 4096), "{style:?}");
+                assert_eq!(client.write(131_072, &pattern(0, 100_000)).await, 0);
+                assert!(client.read(131_072, 100_000).await == pattern(0, 100_000));
+                assert_eq!(client.call(cmd::FLUSH, 0, 0, 0).await.error, 0);
+                release.send(()).expect("it hangs");
+                let reply = client.reply().await;
+                assert_eq!((reply.cookie, reply.error), (5, 0));
+                assert!(client.read(4096, 600).await == [round; 600]);
+                // It is careful for a while, then serves at once again.
+                tokio::time::sleep(Duration::from_millis(2000)).await;
+                assert_eq!(client.write(0, &[round; 512]).await, 0);
+            }
+            // One that leaves while its write hangs: the write is finished, and the server waits for it.
+            let release = hang(&disk);
+            client.send_write(6, 8192, &[9; 512]).await;
+            until("the write", || disk.writes_begun.load(Ordering::SeqCst) > 3).await;
+            client.send(cmd::DISC, 0, 0, 0, 0).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            drop(release);
+            assert_eq!(client.reply().await.cookie, 6);
+            client.expect_end().await;
+            assert!(served.server.shutdown().await);
+            assert!(disk.bytes_at(8192, 512) == [9; 512]);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_flush_of_a_client_that_never_wrote_succeeds() {
     within(async {
         let disk = MemoryDisk::new(MIB);

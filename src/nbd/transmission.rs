@@ -144,6 +144,8 @@ pub(super) struct Transmission {
     reads: FuturesUnordered<BoxFuture<'static, Finished>>,
     /// Requests that do: always finished.
     changes: FuturesUnordered<BoxFuture<'static, Finished>>,
+    /// Requests that have been run and not been answered yet. They count as running.
+    finished: VecDeque<Finished>,
 
     output: Output,
     /// The socket took less than it was offered: more replies may pile up before it is tried again.
@@ -181,6 +183,7 @@ impl Transmission {
             spare_payloads: Vec::new(),
             reads: FuturesUnordered::new(),
             changes: FuturesUnordered::new(),
+            finished: VecDeque::new(),
             output: Output::default(),
             output_blocked: false,
             owed: VecDeque::new(),
@@ -308,8 +311,9 @@ impl Transmission {
     /// Turns requests that have been run into replies.
     fn poll_finished(&mut self, cx: &mut Context<'_>) -> bool {
         let mut moved = false;
-        // Replies are made only as fast as they are taken: until then, futures hold their results.
-        while self.output.waiting_bytes() < OUTPUT_HIGH_BYTES {
+        // Futures are polled whether or not their replies can be sent: one that is left alone in the middle of its work may hold
+        // what the requests of others wait for.
+        loop {
             let finished = match self.reads.poll_next_unpin(cx) {
                 Poll::Ready(Some(finished)) => finished,
                 _ => match self.changes.poll_next_unpin(cx) {
@@ -317,6 +321,12 @@ impl Transmission {
                     _ => break,
                 },
             };
+            self.finished.push_back(finished);
+        }
+        // Replies are made only as fast as they are taken: until then, results wait here.
+        while self.output.waiting_bytes() < OUTPUT_HIGH_BYTES
+            && let Some(finished) = self.finished.pop_front()
+        {
             moved = true;
             self.reply(finished);
         }
@@ -422,7 +432,7 @@ impl Transmission {
         let mut moved = false;
         while self.end.is_none() && self.job.is_none() {
             if matches!(self.intake, Intake::Header) {
-                let running = self.reads.len() + self.changes.len() + self.jobs_out;
+                let running = self.reads.len() + self.changes.len() + self.finished.len() + self.jobs_out;
                 // Whatever makes room here wakes this task: it is polled for in `poll_finished` and `poll_output`.
                 if running >= self.max_requests || self.output.waiting_bytes() >= OUTPUT_HIGH_BYTES {
                     return moved;
@@ -568,7 +578,7 @@ impl Transmission {
     }
 
     fn is_quiet(&self) -> bool {
-        self.reads.is_empty() && self.changes.is_empty() && self.jobs_out == 0
+        self.reads.is_empty() && self.changes.is_empty() && self.finished.is_empty() && self.jobs_out == 0
     }
 
     /// The export's fast path, straight into the page that will be sent.

@@ -69,6 +69,41 @@ fn nbdinfo_sees_what_is_offered() {
     });
 }
 
+/// What has arrived, as its own metadata context tells it and as `status` does.
+#[test]
+fn nbdinfo_shows_what_has_arrived() {
+    if is_missing("nbdinfo_shows_what_has_arrived", "nbdinfo")
+        || is_missing("nbdinfo_shows_what_has_arrived", "qemu-io")
+    {
+        return;
+    }
+    on_both_kinds(46, 60, |kind| {
+        let write = ["-f", "raw", "-c", "write 0 65536", "-c", "write 200704 512", "-c", "read 1M 128k"];
+        fine(Command::new("qemu-io").args(write).arg(uri(kind)));
+        // What the guest reads may bring some more by readahead: until nothing moves any more.
+        let blocks = || kind.site().status(EXPORT)["blocks"].clone();
+        let (mut before, mut tries) = (Value::Null, 0);
+        while blocks() != before && tries < 100 {
+            (before, tries) = (blocks(), tries + 1);
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        let mut command = Command::new("nbdinfo");
+        let map = json(command.args(["--map=blockferry:residency", "--json"]).arg(uri(kind)));
+        let mut found = [0; 4];
+        for extent in map.as_array().expect("extents") {
+            let field = |name: &str| extent[name].as_u64().expect("a number");
+            found[field("type") as usize] += field("length").div_ceil(65536);
+        }
+        let [present, absent, written, partial] = found;
+        let told = |name: &str| before[name].as_u64().expect("a count");
+        assert_eq!(absent + partial, told("absent"), "{map} {before}");
+        assert_eq!(written, told("written"), "{map} {before}");
+        assert_eq!(present + absent + written + partial, told("total"), "{map} {before}");
+        let is_complete = kind.name == "complete";
+        assert_eq!((absent == 0, written, partial), (is_complete, u64::from(!is_complete), u64::from(!is_complete)));
+    });
+}
+
 /// Copies out, and a new content in.
 #[test]
 fn nbdcopy_copies_both_ways() {

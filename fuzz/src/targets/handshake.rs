@@ -306,7 +306,9 @@ fn judge_session(session: &Session, style: ReplyStyle, facts: &ExportFacts, sele
     assert!(has(transmission::HAS_FLAGS));
     assert_eq!(has(transmission::READ_ONLY), facts.read_only);
     assert_eq!(has(transmission::SEND_DF), style != ReplyStyle::Simple);
-    assert_eq!(has(transmission::BLOCK_STATUS_PAYLOAD), style == ReplyStyle::Extended);
+    // "MUST NOT [...] unless extended headers and at least one metadata context were negotiated".
+    let may_select = style == ReplyStyle::Extended && !session.contexts.is_empty();
+    assert_eq!(has(transmission::BLOCK_STATUS_PAYLOAD), may_select);
     assert_eq!(session.flags & (1 << 4 | 1 << 9 | 7 << 13), 0, "a flag that nobody defined, or that nothing serves");
     let ids: Vec<u32> = session.contexts.iter().map(|context| context.0).collect();
     match selected {
