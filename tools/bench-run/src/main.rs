@@ -2,7 +2,10 @@
 //! machine only ratios count.
 //! Must not know blockferry's library: it sees what a user sees.
 
+mod figures;
+mod nbd;
 mod safety;
+mod servers;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,18 +24,39 @@ struct Cli {
 enum What {
     /// What safety costs: 4 KiB write and flush, in relocation, complete, and on qemu-nbd
     #[command(after_help = "Example:\n  bench-run safety --rounds 80")]
-    Safety(Options),
+    Safety(SafetyOptions),
+    /// The NBD server: fio on it, on qemu-nbd, and on nbdkit
+    #[command(after_help = "Example:\n  bench-run nbd --rounds 5 --seconds 4")]
+    Nbd(NbdOptions),
 }
 
-/// What every measurement takes.
 #[derive(Debug, Args)]
-struct Options {
+struct SafetyOptions {
     /// Rounds, in each of which everybody gets a turn
     #[arg(long, value_name = "N", default_value_t = 40)]
     rounds: usize,
     /// Writes of a turn
     #[arg(long, value_name = "N", default_value_t = 30)]
     writes: usize,
+    #[command(flatten)]
+    places: Places,
+}
+
+#[derive(Debug, Args)]
+struct NbdOptions {
+    /// Rounds, in each of which everybody gets a turn
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    rounds: u64,
+    /// Length of a turn in seconds
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    seconds: u64,
+    #[command(flatten)]
+    places: Places,
+}
+
+/// What every measurement takes.
+#[derive(Debug, Args)]
+struct Places {
     /// Where files lie while it runs: the file system that is measured [default: ~/.cache/blockferry/bench]
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -45,8 +69,11 @@ struct Options {
 }
 
 fn main() -> ExitCode {
-    let Cli { what: What::Safety(options) } = Cli::parse();
-    match safety::run(&options) {
+    let done = match Cli::parse().what {
+        What::Safety(options) => safety::run(&options),
+        What::Nbd(options) => nbd::run(&options),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
@@ -66,10 +93,13 @@ mod tests {
         Cli::command().debug_assert();
         let script = include_str!("../../bench");
         let command = Cli::command();
-        let safety = command.find_subcommand("safety").unwrap();
-        for option in safety.get_arguments().filter(|option| !option.is_hide_set()) {
-            let long = option.get_long().unwrap();
-            assert!(script.contains(&format!("\n  --{long} ")), "--{long}");
+        for what in command.get_subcommands() {
+            let name = what.get_name();
+            assert!(script.contains(&format!("\n  {name} ")), "{name}");
+            for option in what.get_arguments().filter(|option| !option.is_hide_set()) {
+                let long = option.get_long().unwrap();
+                assert!(script.contains(&format!("\n  --{long} ")), "{name} --{long}");
+            }
         }
     }
 }

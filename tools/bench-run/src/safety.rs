@@ -6,22 +6,21 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use blockferry_lab::nbd::NbdClient;
-use blockferry_lab::process::{self, catch_signals, check_interrupt};
+use blockferry_lab::process::{Daemon, catch_signals, check_interrupt};
 use blockferry_lab::random::Random;
 use blockferry_lab::run_dir::{RunDir, home_dir, require_room};
 use blockferry_lab::site::{Programs, Site};
 use serde::Serialize;
 
-use crate::Options;
+use crate::figures::{at, mean, middle};
+use crate::{SafetyOptions, servers};
 
 const SIZE_BYTES: u64 = 256 << 20;
 const PAGE_BYTES: u64 = 4096;
-const PATIENCE: Duration = Duration::from_secs(20);
 /// Writes of a turn that are not counted.
 const WARM_UP: usize = 5;
 
@@ -63,10 +62,10 @@ struct Target {
 ///
 /// # Errors
 /// When it cannot be run to its end.
-pub fn run(options: &Options) -> Result<()> {
+pub fn run(options: &SafetyOptions) -> Result<()> {
     catch_signals()?;
-    let programs = Programs::find(options.programs.as_deref())?;
-    let home = home_dir(options.dir.as_deref(), "bench")?;
+    let programs = Programs::find(options.places.programs.as_deref())?;
+    let home = home_dir(options.places.dir.as_deref(), "bench")?;
     require_room(&home, SIZE_BYTES * 8, "say --dir DIR")?;
     let run_dir = RunDir::make(&home, false)?;
     let dir = run_dir.path();
@@ -89,12 +88,12 @@ pub fn run(options: &Options) -> Result<()> {
     for (name, image) in [("full", filled(dir, "full.raw")?), ("sparse", sparse(dir, "sparse.raw")?)] {
         b.ask(&["volume", "add", name, "--image", &text(&image)])?;
     }
-    let _qemu_full = Qemu::start(dir, "qemu-full", &filled(dir, "qemu-full.raw")?)?;
-    let _qemu_sparse = Qemu::start(dir, "qemu-sparse", &sparse(dir, "qemu-sparse.raw")?)?;
+    let _qemu_full = qemu_nbd(dir, "qemu-full", &filled(dir, "qemu-full.raw")?)?;
+    let _qemu_sparse = qemu_nbd(dir, "qemu-sparse", &sparse(dir, "qemu-sparse.raw")?)?;
 
     let whole = 0..arrived;
-    let at_b = |name: &str| open(&b.nbd_socket(), name);
-    let qemu = |name: &str| open(&dir.join(name).with_extension("sock"), name);
+    let at_b = |name: &str| servers::open(&b.nbd_socket(), name, None);
+    let qemu = |name: &str| servers::open(&servers::socket(dir, name), name, None);
     let table: [(&str, _, NbdClient, _); 6] = [
         ("qemu-nbd, allocated", None, qemu("qemu-full")?, whole.clone()),
         ("qemu-nbd, sparse", None, qemu("qemu-sparse")?, whole.clone()),
@@ -118,8 +117,9 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let rows: Vec<Row> = targets.iter().map(|target| target.row(&targets)).collect();
     print(&rows);
-    fs::create_dir_all(&options.out).with_context(|| format!("cannot make {}", options.out.display()))?;
-    let path = options.out.join("safety.json");
+    let out = &options.places.out;
+    fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
+    let path = out.join("safety.json");
     fs::write(&path, serde_json::to_vec_pretty(&rows)?).with_context(|| format!("cannot write {}", path.display()))?;
     println!("{}", path.display());
     drop(targets);
@@ -176,20 +176,8 @@ fn print(rows: &[Row]) {
     }
 }
 
-fn middle(times: &[f64]) -> f64 {
-    at(times, 50)
-}
-
-fn mean(times: &[f64]) -> f64 {
-    times.iter().sum::<f64>() / times.len().max(1) as f64
-}
-
-/// Nearest rank; 0 of nothing.
-fn at(times: &[f64], percent: usize) -> f64 {
-    let mut sorted = times.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let place = (sorted.len() * percent).div_ceil(100).saturating_sub(1);
-    sorted.get(place).copied().unwrap_or_default()
+fn qemu_nbd(dir: &Path, name: &str, image: &Path) -> Result<Daemon> {
+    servers::qemu_nbd(dir, name, &["--cache=writeback", "--discard=unmap", "--export-name", name], image)
 }
 
 /// A file whose blocks all have their place on the disk.
@@ -215,7 +203,7 @@ fn sparse(dir: &Path, name: &str) -> Result<PathBuf> {
 }
 
 fn read_all(site: &Site, name: &str, bytes: u64) -> Result<()> {
-    let mut nbd = open(&site.nbd_socket(), name)?;
+    let mut nbd = servers::open(&site.nbd_socket(), name, None)?;
     let mut some = vec![0; 1 << 20];
     for offset in (0..bytes).step_by(1 << 20) {
         check_interrupt()?;
@@ -224,41 +212,6 @@ fn read_all(site: &Site, name: &str, bytes: u64) -> Result<()> {
     nbd.flush().with_context(|| format!("{name}: flushing"))
 }
 
-fn open(socket: &Path, export: &str) -> Result<NbdClient> {
-    let begun = Instant::now();
-    loop {
-        check_interrupt()?;
-        match NbdClient::open(socket, export) {
-            Ok(nbd) => return Ok(nbd),
-            Err(error) if begun.elapsed() > PATIENCE => {
-                return Err(error).with_context(|| format!("no export {export} at {}", socket.display()));
-            }
-            Err(_) => std::thread::sleep(Duration::from_millis(10)),
-        }
-    }
-}
-
 fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
-}
-
-/// A qemu-nbd, which ends with this.
-struct Qemu(Child);
-
-impl Qemu {
-    fn start(dir: &Path, name: &str, image: &Path) -> Result<Qemu> {
-        let mut qemu = process::command("qemu-nbd");
-        qemu.args(["--persistent", "--format=raw", "--cache=writeback", "--discard=unmap", "--export-name", name]);
-        qemu.arg("--socket").arg(dir.join(name).with_extension("sock")).arg(image);
-        let child = qemu.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        Ok(Qemu(child.context("cannot start qemu-nbd: is qemu-utils installed?")?))
-    }
-}
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        // Both fail when it has ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
