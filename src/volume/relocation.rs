@@ -313,7 +313,7 @@ impl Volume {
         fetch_ahead(self, blocks.start..blocks.end.min(blocks.start + MAX_HINT_BLOCKS));
     }
 
-    /// Runs of a range by where their bytes are. At most [`MAX_LOOKED_AT_BLOCKS`] blocks at a time.
+    /// Runs of a range by where their bytes are. Of a large range only the beginning is looked at: ask again from there.
     pub async fn presence(
         &self,
         offset: u64,

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use crate::run::run;
 
 /// Seeds after which a bug counts as not found.
-const MOST_SEEDS: u64 = 1500;
+const MOST_SEEDS: u64 = 8_000;
 /// Worlds at a time: a bug is planted in one thread only.
 const THREADS: usize = 2;
 
