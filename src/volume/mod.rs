@@ -425,10 +425,12 @@ impl Volume {
     }
 
     fn sync_here(&self, turn: gate::Turn) -> Result<(), VolumeError> {
-        match self.checkpoint(turn)? {
-            Some(work) => work(),
-            None => Ok(()),
-        }
+        let Some(work) = self.checkpoint(turn)? else { return Ok(()) };
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| {
+            // What it took will never be written, as above.
+            self.is_sync_broken.store(true, Ordering::Release);
+            Err(VolumeError::ShuttingDown)
+        })
     }
 
     /// The work of a flush: data first, then the residency that protects it. None where there is none.
