@@ -10,6 +10,7 @@ pub mod fetch;
 pub mod image;
 pub mod nbd;
 pub mod node;
+pub mod pipe;
 pub mod seeded_bugs;
 pub mod source;
 pub mod store;

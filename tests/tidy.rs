@@ -53,6 +53,7 @@ const MUST_NOT_KNOW: &[(&str, &[&str])] = &[
     ("config", &["crate::cli", "crate::node", "crate::control", "tokio"]),
     ("cli", &["crate::volume", "crate::fetch", "crate::source", "crate::store", "quinn", "rocksdb"]),
     ("workers", &["crate::"]),
+    ("pipe", &["crate::", "tokio"]),
 ];
 
 /// The only users of a library that is behind a seam.

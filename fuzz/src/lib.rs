@@ -8,6 +8,8 @@
 pub mod core;
 #[path = "../../src/nbd/mod.rs"]
 pub mod nbd;
+#[path = "../../src/pipe.rs"]
+pub mod pipe;
 pub mod targets;
 #[path = "../../src/workers.rs"]
 pub mod workers;

@@ -95,7 +95,7 @@ impl Connection {
 
     /// Serves as the thread of this number until the client or `stop` ends it, then answers what is in flight and closes.
     pub(super) async fn serve(self: Arc<Self>, driver: u64, mut socket: Socket, stop: CancellationToken) {
-        let mut spin = Spin::default();
+        let mut spins = Spins::default();
         {
             let mut state = self.state.lock();
             state.twin = socket.twin();
@@ -103,20 +103,21 @@ impl Connection {
             if state.twin.is_none() {
                 state.transmission.set_may_run_here(false);
             }
+            state.transmission.set_may_pipe(socket.takes_pipes());
             if driver == 0 {
                 state.transmission.log_begin();
             }
         }
         let ended = tokio::select! {
             biased;
-            ended = std::future::poll_fn(|cx| self.poll(driver, &mut socket, &mut spin, cx)) => Some(ended),
+            ended = std::future::poll_fn(|cx| self.poll(driver, &mut socket, &mut spins, cx)) => Some(ended),
             () = stop.cancelled() => None,
         };
         let ended = match ended {
             Some(ended) => ended,
             None => {
                 self.state.lock().transmission.shut_down();
-                std::future::poll_fn(|cx| self.poll(driver, &mut socket, &mut spin, cx)).await
+                std::future::poll_fn(|cx| self.poll(driver, &mut socket, &mut spins, cx)).await
             }
         };
         if matches!(ended, Ended::Relieved) {
@@ -128,8 +129,9 @@ impl Connection {
         }
     }
 
-    fn poll(&self, driver: u64, socket: &mut Socket, spin: &mut Spin, cx: &mut Context<'_>) -> Poll<Ended> {
-        spin.woken();
+    fn poll(&self, driver: u64, socket: &mut Socket, spins: &mut Spins, cx: &mut Context<'_>) -> Poll<Ended> {
+        spins.request.woken();
+        spins.payload.woken();
         let mut state = self.state.lock();
         loop {
             if state.driver != driver {
@@ -144,11 +146,17 @@ impl Connection {
             match state.transmission.poll(socket, cx) {
                 Turn::Done => return Poll::Ready(Ended::Done),
                 Turn::Wait { is_idle } => {
-                    if is_idle {
+                    let has_come = if is_idle {
                         let (input, max_bytes) = state.transmission.input_buffer();
-                        if spin.look(|| socket.read_now(input, max_bytes)) {
-                            continue;
-                        }
+                        spins.request.look(|| socket.read_now(input, max_bytes))
+                    } else if let Some((pipe, missing)) = state.transmission.pipe_input() {
+                        // The client is most likely putting it into the socket now.
+                        spins.payload.look(|| socket.read_into_now(pipe, missing))
+                    } else {
+                        false
+                    };
+                    if has_come {
+                        continue;
                     }
                     return Poll::Pending;
                 }
@@ -227,7 +235,15 @@ impl Caution {
     }
 }
 
-/// How long to look for the next request before the thread sleeps.
+/// What a thread looks for before it sleeps.
+#[derive(Default)]
+struct Spins {
+    request: Spin,
+    /// The rest of a long payload.
+    payload: Spin,
+}
+
+/// How long to look for the client's next bytes before the thread sleeps.
 #[derive(Default)]
 struct Spin {
     window: Duration,

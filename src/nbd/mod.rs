@@ -22,6 +22,8 @@ mod transmission;
 mod watch;
 
 #[cfg(test)]
+mod piped_tests;
+#[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
@@ -32,6 +34,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 pub use futures::future::BoxFuture;
+
+use crate::pipe::Pipe;
 
 pub use crate::core::nbd::{ContextIndex, Extent, NbdErrno, ZeroFlags};
 pub use credentials::{NbdCredentials, NbdCredentialsError, NbdTls, NbdTlsFiles};
@@ -118,6 +122,24 @@ pub trait Export: Send + Sync + 'static {
     /// The second fast path of a read (at most 128 KiB), for when [`Export::try_read_now`] finds that the disk has to be waited
     /// for: likewise.
     fn read_here(&self, _offset: u64, _buf: &mut [u8]) -> Option<Result<(), NbdErrno>> {
+        None
+    }
+
+    /// The fast path of a longer read (at most [`crate::pipe::PIPE_MAX_BYTES`]), uncopied: puts the range into an empty pipe, if nothing but the
+    /// page cache is needed for it. What is in the pipe may still change as the disk does, until the client has it.
+    /// `None`, and nothing put: take [`Export::try_read_now`].
+    fn read_into(&self, _offset: u64, _len_bytes: u32, _pipe: &mut Pipe) -> Option<()> {
+        None
+    }
+
+    /// Whether [`Export::write_from`] is worth trying.
+    fn takes_pipes(&self) -> bool {
+        false
+    }
+
+    /// The fast path of a part of a longer write, uncopied: writes the first `len_bytes` of a pipe, waiting as
+    /// [`Export::write_here`] does. `None`, and nothing taken out: take [`Export::write`].
+    fn write_from(&self, _offset: u64, _pipe: &mut Pipe, _len_bytes: usize) -> Option<Result<(), NbdErrno>> {
         None
     }
 

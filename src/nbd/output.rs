@@ -6,6 +6,8 @@ use std::io::IoSlice;
 
 use bytes::Bytes;
 
+use crate::pipe::Pipe;
+
 /// The longest read that is served synchronously, into a page.
 pub(super) const SYNC_MAX_BYTES: usize = 128 << 10;
 
@@ -32,6 +34,8 @@ enum Segment {
     Page { page: Box<[u8]>, start: usize, end: usize },
     /// Bytes of somebody else's.
     Shared(Bytes),
+    /// All that is in a pipe.
+    Piped(Pipe),
 }
 
 /// The queue.
@@ -39,6 +43,10 @@ enum Segment {
 pub(super) struct Output {
     segments: VecDeque<Segment>,
     spare: Vec<Box<[u8]>>,
+    /// Pipes that have been sent.
+    drained: Vec<Pipe>,
+    /// Pipes that wait.
+    pipes: usize,
     waiting_bytes: usize,
     /// All bytes ever queued.
     queued_bytes: u64,
@@ -105,18 +113,78 @@ impl Output {
         self.count(bytes.len());
     }
 
+    /// Queues what is in `pipe`.
+    pub(super) fn put_piped(&mut self, pipe: Pipe) {
+        let len = pipe.len_bytes();
+        self.segments.push_back(Segment::Piped(pipe));
+        self.pipes += 1;
+        self.count(len);
+    }
+
+    /// How many pipes wait to be sent.
+    pub(super) fn pipes(&self) -> usize {
+        self.pipes
+    }
+
+    /// The pipe that is next to be sent, if it is a pipe: then [`Output::sent_piped`] is told what went.
+    pub(super) fn next_pipe(&mut self) -> Option<&mut Pipe> {
+        let next = self
+            .segments
+            .iter_mut()
+            .find(|segment| !matches!(segment, Segment::Page { start, end, .. } if start == end))?;
+        match next {
+            Segment::Piped(pipe) => Some(pipe),
+            _ => None,
+        }
+    }
+
+    /// `len` bytes have been sent out of the next pipe.
+    pub(super) fn sent_piped(&mut self, len: usize) {
+        self.waiting_bytes -= len;
+        self.sent_bytes += len as u64;
+        while let Some(segment) = self.segments.pop_front() {
+            match segment {
+                Segment::Piped(pipe) if pipe.is_empty() => {
+                    self.drained.push(pipe);
+                    self.pipes -= 1;
+                    return;
+                }
+                Segment::Piped(pipe) => {
+                    self.segments.push_front(Segment::Piped(pipe));
+                    return;
+                }
+                other => self.recycle(other),
+            }
+        }
+    }
+
+    /// A pipe that has been sent.
+    pub(super) fn drained_pipe(&mut self) -> Option<Pipe> {
+        self.drained.pop()
+    }
+
+    fn recycle(&mut self, segment: Segment) {
+        if let Segment::Page { page, .. } = segment
+            && self.spare.len() < SPARE_PAGES
+            && page.len() == PAGE_BYTES
+        {
+            self.spare.push(page);
+        }
+    }
+
     fn count(&mut self, len: usize) {
         self.waiting_bytes += len;
         self.queued_bytes += len as u64;
     }
 
-    /// What waits, for one system call; returns how many of `slices` are filled.
+    /// What waits before the next pipe, for one system call; returns how many of `slices` are filled.
     pub(super) fn slices<'a>(&'a self, slices: &mut [IoSlice<'a>; MAX_SLICES]) -> usize {
         let mut count = 0;
         for segment in &self.segments {
             let bytes = match segment {
                 Segment::Page { page, start, end } => &page[*start..*end],
                 Segment::Shared(bytes) => &bytes[..],
+                Segment::Piped(_) => break,
             };
             if bytes.is_empty() {
                 continue;
@@ -138,20 +206,20 @@ impl Output {
             let there = match segment {
                 Segment::Page { start, end, .. } => *end - *start,
                 Segment::Shared(bytes) => bytes.len(),
+                // What has been offered ends before it.
+                Segment::Piped(_) => return,
             };
             if there > len {
                 match segment {
                     Segment::Page { start, .. } => *start += len,
                     Segment::Shared(bytes) => drop(bytes.split_to(len)),
+                    Segment::Piped(_) => {}
                 }
                 return;
             }
             len -= there;
-            if let Some(Segment::Page { page, .. }) = self.segments.pop_front()
-                && self.spare.len() < SPARE_PAGES
-                && page.len() == PAGE_BYTES
-            {
-                self.spare.push(page);
+            if let Some(sent) = self.segments.pop_front() {
+                self.recycle(sent);
             }
         }
     }
@@ -159,6 +227,7 @@ impl Output {
     /// Forgets everything that waits.
     pub(super) fn discard(&mut self) {
         self.segments.clear();
+        self.pipes = 0;
         self.waiting_bytes = 0;
         self.sent_bytes = self.queued_bytes;
     }
@@ -174,9 +243,14 @@ mod tests {
         let mut expected = Vec::new();
         for round in 0u32..200 {
             let piece: Vec<u8> = (0..round * 37 % 9000).map(|i| (i * 7 + round) as u8).collect();
-            match round % 3 {
+            match round % 4 {
                 0 => output.put(&piece),
                 1 => output.put_shared(&Bytes::from(piece.clone())),
+                2 if !piece.is_empty() => {
+                    let mut pipe = Pipe::new().expect("a pipe");
+                    assert_eq!(pipe.put(&piece).expect("put"), piece.len());
+                    output.put_piped(pipe);
+                }
                 _ => {
                     output.room(piece.len() + 5)[..piece.len()].copy_from_slice(&piece);
                     output.commit(piece.len());
@@ -187,6 +261,13 @@ mod tests {
         assert_eq!(output.waiting_bytes(), expected.len());
         let (mut got, mut step) = (Vec::new(), 1);
         while output.waiting_bytes() > 0 {
+            if let Some(pipe) = output.next_pipe() {
+                let mut all = bytes::BytesMut::new();
+                pipe.take(&mut all).expect("taken");
+                got.extend_from_slice(&all);
+                output.sent_piped(all.len());
+                continue;
+            }
             let mut slices = [IoSlice::new(&[]); MAX_SLICES];
             let count = output.slices(&mut slices);
             let flat: Vec<u8> = slices[..count].iter().flat_map(|slice| slice.to_vec()).collect();
@@ -197,6 +278,8 @@ mod tests {
         }
         assert_eq!(got, expected);
         assert_eq!(output.sent_bytes(), output.queued_bytes());
+        assert_eq!(output.pipes(), 0);
+        assert!(output.drained_pipe().is_some_and(|pipe| pipe.is_empty()));
     }
 
     #[test]

@@ -2,10 +2,10 @@
 
 use std::fmt;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
@@ -15,6 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::tls::{TlsSession, TlsSocket};
+use crate::pipe::Pipe;
 
 /// What the kernel should hold of replies for one client; it cuts this to its own limit.
 const SEND_BUFFER_BYTES: usize = 1 << 20;
@@ -129,17 +130,64 @@ impl Socket {
         }
     }
 
+    /// Whether bytes can go between this and a file through a [`Pipe`].
+    pub(super) fn takes_pipes(&self) -> bool {
+        matches!(self, Socket::Unix(_))
+    }
+
+    /// As [`Socket::poll_read`], into a pipe. None: there is something, but no room for it in the pipe.
+    pub(super) fn poll_read_into(
+        &mut self,
+        cx: &mut Context<'_>,
+        pipe: &mut Pipe,
+        max_bytes: usize,
+    ) -> Poll<io::Result<Option<usize>>> {
+        let Socket::Unix(stream) = self else { return Poll::Ready(Ok(None)) };
+        loop {
+            ready!(stream.poll_read_ready(cx))?;
+            let read = stream.try_io(Interest::READABLE, || match pipe.put_from_socket(stream.as_fd(), max_bytes) {
+                // The reactor must not be told that the socket is empty when it is the pipe that is full.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && !pipe.is_empty() && has_input(stream) => {
+                    Ok(None)
+                }
+                read => read.map(Some),
+            });
+            match read {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => return Poll::Ready(read),
+            }
+        }
+    }
+
+    /// As [`Socket::poll_read_into`], but without asking the reactor.
+    pub(super) fn read_into_now(&mut self, pipe: &mut Pipe, max_bytes: usize) -> ReadNow {
+        let Socket::Unix(stream) = self else { return ReadNow::Ended };
+        match pipe.put_from_socket(stream.as_fd(), max_bytes) {
+            Ok(1..) => ReadNow::Some,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => ReadNow::None,
+            _ => ReadNow::Ended,
+        }
+    }
+
+    /// Writes some of what is in a pipe that is not empty.
+    pub(super) fn poll_write_from(&mut self, cx: &mut Context<'_>, pipe: &mut Pipe) -> Poll<io::Result<usize>> {
+        let Socket::Unix(stream) = self else { return Poll::Ready(Err(io::ErrorKind::Unsupported.into())) };
+        loop {
+            ready!(stream.poll_write_ready(cx))?;
+            match stream.try_io(Interest::WRITABLE, || pipe.take_to_socket(stream.as_fd())) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                written => return Poll::Ready(written),
+            }
+        }
+    }
+
     /// Whether there is something to be read now, as far as that can be told.
     pub(super) fn has_input(&self) -> bool {
-        let fd = match self {
-            Socket::Unix(stream) => stream.as_raw_fd(),
-            Socket::Tcp(stream) => stream.as_raw_fd(),
-            Socket::Tls(tls) => return tls.socket().has_input(),
-        };
-        let mut waiting: nix::libc::c_int = 0;
-        // SAFETY: writes one integer; the descriptor is open as long as the stream.
-        let told = unsafe { nix::libc::ioctl(fd, nix::libc::FIONREAD, &raw mut waiting) };
-        told == 0 && waiting > 0
+        match self {
+            Socket::Unix(stream) => has_input(stream),
+            Socket::Tcp(stream) => has_input(stream),
+            Socket::Tls(tls) => tls.socket().has_input(),
+        }
     }
 
     /// What a second handle of this connection can be made of, if that is possible.
@@ -228,6 +276,13 @@ impl Socket {
         };
         let _ = tokio::time::timeout(linger, end).await;
     }
+}
+
+fn has_input(stream: &impl AsRawFd) -> bool {
+    let mut waiting: nix::libc::c_int = 0;
+    // SAFETY: writes one integer; the descriptor is open as long as the stream.
+    let told = unsafe { nix::libc::ioctl(stream.as_raw_fd(), nix::libc::FIONREAD, &raw mut waiting) };
+    told == 0 && waiting > 0
 }
 
 /// What came of [`Socket::read_now`].

@@ -20,6 +20,7 @@ use super::{
 use crate::core::ids::is_zero;
 use crate::core::nbd::wire::{self, chunk, opt, rep};
 use crate::core::nbd::{Negotiation, ReplyStyle};
+use crate::pipe::Pipe;
 
 /// A disk in memory.
 pub(super) struct MemoryDisk {
@@ -27,6 +28,12 @@ pub(super) struct MemoryDisk {
     pub(super) read_only: AtomicBool,
     /// Serve reads and writes by the fast path.
     pub(super) at_once: AtomicBool,
+    /// Offers pipes, but takes none when it comes to that.
+    pub(super) declines_pipes: AtomicBool,
+    /// What writes out of pipes fail with.
+    pub(super) refusal: Mutex<Option<NbdErrno>>,
+    /// Requests that were served through pipes.
+    pub(super) piped: AtomicUsize,
     /// The next write on its client's thread hangs until this is told, or dropped.
     stuck: Mutex<Option<std::sync::mpsc::Receiver<()>>>,
     /// Requests whose offset lies here wait.
@@ -45,6 +52,9 @@ impl MemoryDisk {
             bytes: Mutex::new(vec![0; size_bytes]),
             read_only: AtomicBool::new(false),
             at_once: AtomicBool::new(false),
+            declines_pipes: AtomicBool::new(false),
+            refusal: Mutex::new(None),
+            piped: AtomicUsize::new(0),
             stuck: Mutex::new(None),
             held: watch::Sender::new(0..0),
             reverse: Mutex::new(None),
@@ -108,6 +118,14 @@ impl MemoryDisk {
             && let Some(next) = waiting.pop()
         {
             let _ = next.send(());
+        }
+    }
+
+    fn hang_if_told(&self) {
+        let stuck = self.stuck.lock().take();
+        if let Some(stuck) = stuck {
+            self.writes_begun.fetch_add(1, Ordering::SeqCst);
+            let _ = stuck.recv();
         }
     }
 
@@ -210,12 +228,37 @@ impl Export for MemoryDisk {
         })
     }
 
-    fn write_here(&self, offset: u64, data: &[u8], _fua: bool) -> Option<Result<(), NbdErrno>> {
-        let stuck = self.stuck.lock().take();
-        if let Some(stuck) = stuck {
-            self.writes_begun.fetch_add(1, Ordering::SeqCst);
-            let _ = stuck.recv();
+    fn read_into(&self, offset: u64, len_bytes: u32, pipe: &mut Pipe) -> Option<()> {
+        if !self.at_once.load(Ordering::SeqCst) || self.declines_pipes.load(Ordering::SeqCst) {
+            return None;
         }
+        self.piped.fetch_add(1, Ordering::SeqCst);
+        let bytes = self.bytes_at(offset as usize, len_bytes as usize);
+        assert_eq!(pipe.put(&bytes).expect("an empty pipe"), bytes.len());
+        Some(())
+    }
+
+    fn takes_pipes(&self) -> bool {
+        self.at_once.load(Ordering::SeqCst)
+    }
+
+    fn write_from(&self, offset: u64, pipe: &mut Pipe, len_bytes: usize) -> Option<Result<(), NbdErrno>> {
+        self.hang_if_told();
+        if self.declines_pipes.load(Ordering::SeqCst) {
+            return None;
+        }
+        self.piped.fetch_add(1, Ordering::SeqCst);
+        if let Some(errno) = *self.refusal.lock() {
+            return Some(Err(errno));
+        }
+        let mut bytes = bytes::BytesMut::new();
+        pipe.take(&mut bytes).expect("a pipe with something in it");
+        self.bytes.lock()[offset as usize..offset as usize + len_bytes].copy_from_slice(&bytes);
+        Some(Ok(()))
+    }
+
+    fn write_here(&self, offset: u64, data: &[u8], _fua: bool) -> Option<Result<(), NbdErrno>> {
+        self.hang_if_told();
         self.at_once.load(Ordering::SeqCst).then(|| {
             self.bytes.lock()[offset as usize..offset as usize + data.len()].copy_from_slice(data);
             Ok(())

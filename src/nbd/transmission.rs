@@ -10,6 +10,7 @@
 //! that it does not take (requests are left in the socket from [`OUTPUT_HIGH_BYTES`] on), and one buffer of input.
 
 mod pieces;
+mod piped;
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -30,7 +31,10 @@ use crate::core::nbd::{
     BadRequest, Command, ContextIndex, Fault, NbdErrno, Parsed, Request, Session, Tag, parse_status_payload,
 };
 
+use crate::pipe::Pipe;
+
 use pieces::Pieces;
+use piped::{PipedWrite, Pipes};
 
 /// Input that is read at once while requests are small.
 const INPUT_BYTES: usize = 64 << 10;
@@ -38,6 +42,9 @@ const INPUT_BYTES: usize = 64 << 10;
 /// Input that is read at once after a large write: the next header and little of its payload, which then goes straight
 /// into a buffer of its own.
 const INPUT_AFTER_LARGE_BYTES: usize = 512;
+
+/// So many requests without a long payload are taken for the end of those that have one.
+const SHORT_REQUESTS: u32 = 4;
 
 /// Payloads up to this length are taken from the input buffer; longer ones are read into their own.
 const SMALL_PAYLOAD_BYTES: usize = 16 << 10;
@@ -79,6 +86,8 @@ enum Intake {
     Small(Request),
     /// The long payload of this request is read into `payload`.
     Large { request: Request, payload: BytesMut },
+    /// The payload of this request goes through a pipe.
+    Piped(PipedWrite),
     /// This many bytes are dropped; then the request is answered with its error.
     Skip { left_bytes: u64, bad: BadRequest },
 }
@@ -97,22 +106,37 @@ pub(super) enum Turn {
 /// A request that is run on the connection's own thread, which may have to wait for the disk.
 pub(super) struct Job {
     request: Request,
-    /// What is written, or has been read.
-    payload: BytesMut,
+    work: Work,
     /// What of the budget it has.
     taken_bytes: u64,
+}
+
+/// How a job is run.
+enum Work {
+    /// By [`Export::read_here`], [`Export::write_here`] or [`Export::flush_here`], with what is written, or has been read.
+    Copied(BytesMut),
+    /// By [`Export::read_into`].
+    ReadPiped(Pipe),
+    /// By [`Export::write_from`].
+    WritePiped(Pipe),
 }
 
 impl Job {
     /// Runs it; None where the export would rather do it its slow way.
     pub(super) fn run(&mut self, export: &dyn Export) -> Option<Result<(), NbdErrno>> {
-        match self.request.command {
-            Command::Read { offset, len_bytes, .. } => {
-                self.payload.resize(len_bytes as usize, 0);
-                export.read_here(offset, &mut self.payload)
+        match (self.request.command, &mut self.work) {
+            (Command::Read { offset, len_bytes, .. }, Work::Copied(payload)) => {
+                payload.resize(len_bytes as usize, 0);
+                export.read_here(offset, payload)
             }
-            Command::Write { offset, fua, .. } => export.write_here(offset, &self.payload, fua),
-            Command::Flush => export.flush_here(),
+            (Command::Read { offset, len_bytes, .. }, Work::ReadPiped(pipe)) => {
+                export.read_into(offset, len_bytes, pipe).map(Ok)
+            }
+            (Command::Write { offset, fua, .. }, Work::Copied(payload)) => export.write_here(offset, payload, fua),
+            (Command::Write { offset, len_bytes, .. }, Work::WritePiped(pipe)) => {
+                export.write_from(offset, pipe, len_bytes as usize)
+            }
+            (Command::Flush, _) => export.flush_here(),
             _ => None,
         }
     }
@@ -137,8 +161,11 @@ pub(super) struct Transmission {
     /// There was more in the socket when a long payload had been read.
     is_followed: bool,
     input_step_bytes: usize,
+    /// Requests without a long payload since the last with one.
+    short_requests: u32,
     /// Buffers of earlier payloads, for the next: fresh memory costs a page fault every 4 KiB.
     spare_payloads: Vec<BytesMut>,
+    pipes: Pipes,
 
     /// Requests that change nothing: dropped when the client has gone.
     reads: FuturesUnordered<BoxFuture<'static, Finished>>,
@@ -180,7 +207,9 @@ impl Transmission {
             may_run_here: true,
             is_followed: false,
             input_step_bytes: INPUT_BYTES,
+            short_requests: SHORT_REQUESTS,
             spare_payloads: Vec::new(),
+            pipes: Pipes::default(),
             reads: FuturesUnordered::new(),
             changes: FuturesUnordered::new(),
             finished: VecDeque::new(),
@@ -250,13 +279,18 @@ impl Transmission {
     /// A job has been run.
     pub(super) fn job_done(&mut self, job: Job, result: Option<Result<(), NbdErrno>>) {
         self.jobs_out -= 1;
-        let Job { request, mut payload, taken_bytes } = job;
+        let Job { request, work, taken_bytes } = job;
+        let mut payload = match work {
+            Work::Copied(payload) => payload,
+            Work::ReadPiped(pipe) => return self.piped_read_done(request, pipe, result.is_some()),
+            Work::WritePiped(pipe) => return self.piped_write_done(request, pipe, result),
+        };
         let Some(result) = result else {
             // A read goes on with a buffer of the export's own.
             let payload = matches!(request.command, Command::Write { .. }).then(|| payload.freeze());
             return self.start(request, taken_bytes, payload, None);
         };
-        if matches!(self.end, Some(End::Broken(_))) {
+        if self.is_broken() {
             return self.share.give_back(taken_bytes);
         }
         match (result, request.command) {
@@ -334,7 +368,7 @@ impl Transmission {
     }
 
     fn reply(&mut self, Finished { request, taken_bytes, outcome }: Finished) {
-        if !matches!(self.end, Some(End::Broken(_))) {
+        if !self.is_broken() {
             let tag = request.tag;
             match outcome {
                 Outcome::Done(Ok(())) => self.output.put(self.session.style.done(tag).as_slice()),
@@ -387,6 +421,27 @@ impl Transmission {
         let mut moved = false;
         self.output_blocked = false;
         while self.output.waiting_bytes() > 0 {
+            if let Some(pipe) = self.output.next_pipe() {
+                match socket.poll_write_from(cx, pipe) {
+                    Poll::Pending => {
+                        self.output_blocked = true;
+                        break;
+                    }
+                    Poll::Ready(Ok(len)) if len > 0 => {
+                        self.output.sent_piped(len);
+                        moved = true;
+                    }
+                    Poll::Ready(Ok(_)) => {
+                        self.give_up(&std::io::ErrorKind::WriteZero.into());
+                        return true;
+                    }
+                    Poll::Ready(Err(error)) => {
+                        self.give_up(&error);
+                        return true;
+                    }
+                }
+                continue;
+            }
             let mut slices = [IoSlice::new(&[]); MAX_SLICES];
             let count = self.output.slices(&mut slices);
             match socket.poll_write(cx, &slices[..count]) {
@@ -434,7 +489,10 @@ impl Transmission {
             if matches!(self.intake, Intake::Header) {
                 let running = self.reads.len() + self.changes.len() + self.finished.len() + self.jobs_out;
                 // Whatever makes room here wakes this task: it is polled for in `poll_finished` and `poll_output`.
-                if running >= self.max_requests || self.output.waiting_bytes() >= OUTPUT_HIGH_BYTES {
+                if running >= self.max_requests
+                    || self.output.waiting_bytes() >= OUTPUT_HIGH_BYTES
+                    || self.is_piped_full()
+                {
                     return moved;
                 }
                 if self.output.waiting_bytes() >= FLUSH_BYTES && !self.output_blocked {
@@ -496,6 +554,7 @@ impl Transmission {
                 }
             }
             Intake::Pieces(_) => return self.poll_pieces(),
+            Intake::Piped(_) => return Poll::Ready(self.step_piped_write()),
             Intake::Small(request) => {
                 let request = *request;
                 if self.input.len() < request.command.payload_bytes() as usize {
@@ -527,8 +586,26 @@ impl Transmission {
                 self.is_followed = matches!(read, Ok(len) if len == missing) && socket.has_input();
                 read
             }
-            _ => {
-                let step = self.input_step_bytes;
+            Intake::Piped(write) => {
+                let missing = write.missing_bytes();
+                match ready!(socket.poll_read_into(cx, &mut write.pipe, missing)) {
+                    Ok(Some(len)) => Ok(len),
+                    Ok(None) => {
+                        self.leave_pipe();
+                        return Poll::Ready(());
+                    }
+                    Err(error) => Err(error),
+                }
+            }
+            intake => {
+                let step = match intake {
+                    Intake::Small(request) => {
+                        let missing = request.command.payload_bytes() as usize - self.input.len();
+                        self.input_step_bytes.max(missing)
+                    }
+                    Intake::Skip { .. } => INPUT_BYTES,
+                    _ => self.input_step_bytes,
+                };
                 self.input.reserve(step);
                 ready!(socket.poll_read(cx, &mut self.input, step))
             }
@@ -549,32 +626,55 @@ impl Transmission {
             // close the TCP session. A client MUST NOT send anything to the server after sending an NBD_CMD_DISC
             // command."
             Command::Disconnect => self.finish(End::Disconnected),
-            Command::Read { offset, len_bytes, dont_fragment } => {
-                self.input_step_bytes = INPUT_BYTES;
-                if len_bytes as usize > SYNC_MAX_BYTES || !self.read_now(request.tag, offset, len_bytes, dont_fragment)
-                {
+            Command::Read { .. } => {
+                self.note_short();
+                if !self.begin_piped_read(request) {
+                    self.begin_copied_read(request);
+                }
+            }
+            Command::Write { len_bytes, .. } if len_bytes as usize > SMALL_PAYLOAD_BYTES => {
+                self.short_requests = 0;
+                if !self.begin_piped_write(request) {
                     self.admit(request);
                 }
             }
-            Command::Write { len_bytes, .. } if len_bytes as usize > SMALL_PAYLOAD_BYTES => self.admit(request),
             Command::Write { .. } | Command::BlockStatusOf { .. } => {
-                self.input_step_bytes = INPUT_BYTES;
+                self.note_short();
                 self.intake = Intake::Small(request);
             }
             Command::Flush if self.may_run_here && self.is_alone() => {
-                self.input_step_bytes = INPUT_BYTES;
-                self.job = Some(Job { request, payload: BytesMut::new(), taken_bytes: 0 });
+                self.note_short();
+                self.job = Some(Job { request, work: Work::Copied(BytesMut::new()), taken_bytes: 0 });
             }
             _ => {
-                self.input_step_bytes = INPUT_BYTES;
+                self.note_short();
                 self.admit(request);
             }
+        }
+    }
+
+    /// A request without a long payload has come: after some of them, many are read at once again.
+    fn note_short(&mut self) {
+        self.short_requests = self.short_requests.saturating_add(1);
+        if self.short_requests >= SHORT_REQUESTS {
+            self.input_step_bytes = INPUT_BYTES;
+        }
+    }
+
+    fn begin_copied_read(&mut self, request: Request) {
+        let Command::Read { offset, len_bytes, dont_fragment } = request.command else { return };
+        if len_bytes as usize > SYNC_MAX_BYTES || !self.read_now(request.tag, offset, len_bytes, dont_fragment) {
+            self.admit(request);
         }
     }
 
     /// Whether the client waits for nothing else: a sync on this thread then holds up nobody.
     fn is_alone(&self) -> bool {
         self.is_quiet() && self.input.is_empty()
+    }
+
+    fn is_broken(&self) -> bool {
+        matches!(self.end, Some(End::Broken(_)))
     }
 
     fn is_quiet(&self) -> bool {
@@ -625,7 +725,8 @@ impl Transmission {
             Command::Read { len_bytes, .. }
                 if self.may_run_here && len_bytes as usize <= SYNC_MAX_BYTES && self.is_alone() =>
             {
-                self.job = Some(Job { request, payload: BytesMut::new(), taken_bytes: cost_bytes(&request.command) });
+                let taken_bytes = cost_bytes(&request.command);
+                self.job = Some(Job { request, work: Work::Copied(BytesMut::new()), taken_bytes });
             }
             Command::Write { len_bytes, .. } => {
                 let len = len_bytes as usize;
@@ -650,7 +751,7 @@ impl Transmission {
                 self.intake = Intake::Header;
                 // Not worth waiting for, see below.
                 let taken_bytes = if self.share.try_take(len as u64) { len as u64 } else { 0 };
-                self.job = Some(Job { request, payload, taken_bytes });
+                self.job = Some(Job { request, work: Work::Copied(payload), taken_bytes });
             }
             Command::Write { .. } => self.admit(request),
             Command::BlockStatusOf { offset, one, .. } => {
@@ -681,10 +782,18 @@ impl Transmission {
             && !self.is_followed
             && if fua || len_bytes as usize > SMALL_PAYLOAD_BYTES { self.is_alone() } else { true }
         {
-            self.job = Some(Job { request, payload, taken_bytes: cost_bytes(&request.command) });
+            let taken_bytes = cost_bytes(&request.command);
+            self.job = Some(Job { request, work: Work::Copied(payload), taken_bytes });
             return;
         }
         self.run_request(request, Some(payload.freeze()));
+    }
+
+    /// Runs a request without waiting for its share, where waiting would hold up another.
+    fn start_unshared(&mut self, request: Request, payload: Option<Bytes>) {
+        let cost_bytes = cost_bytes(&request.command);
+        let taken_bytes = if self.share.try_take(cost_bytes) { cost_bytes } else { 0 };
+        self.start(request, taken_bytes, payload, None);
     }
 
     fn run_request(&mut self, request: Request, payload: Option<Bytes>) {

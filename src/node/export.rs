@@ -8,6 +8,7 @@ use bytes::Bytes;
 use crate::core::nbd::wire::BASE_ALLOCATION;
 use crate::core::residency::Presence;
 use crate::nbd::{BoxFuture, ContextIndex, Export, Exports, Extent, NbdErrno, OpenError, ReadData, ZeroFlags};
+use crate::pipe::Pipe;
 use crate::volume::{Volume, VolumeError};
 
 /// A volume and the counter of its clients, or why it cannot be served now.
@@ -178,6 +179,19 @@ impl Export for VolumeExport {
     fn read_here(&self, offset: u64, buf: &mut [u8]) -> Option<Result<(), NbdErrno>> {
         let done = self.volume.read_here(offset, buf)?;
         Some(done.map_err(|error| self.errno("READ", offset, &error)))
+    }
+
+    fn read_into(&self, offset: u64, len_bytes: u32, pipe: &mut Pipe) -> Option<()> {
+        self.volume.read_into(offset, len_bytes, pipe)
+    }
+
+    fn takes_pipes(&self) -> bool {
+        self.volume.takes_pipes()
+    }
+
+    fn write_from(&self, offset: u64, pipe: &mut Pipe, len_bytes: usize) -> Option<Result<(), NbdErrno>> {
+        let done = self.volume.write_from(offset, pipe, len_bytes)?;
+        Some(done.map_err(|error| self.errno("WRITE", offset, &error)))
     }
 
     fn flush_here(&self) -> Option<Result<(), NbdErrno>> {

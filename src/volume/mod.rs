@@ -21,10 +21,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::{Bytes, BytesMut};
 use parking_lot::RwLock;
 
-use crate::core::ids::{BlockIndex, Name};
+use crate::core::ids::{BlockIndex, Name, SECTOR_BYTES, is_zero};
 use crate::core::manifest::Geometry;
 use crate::core::residency::Residency;
 use crate::image::{Image, ImageError};
+use crate::pipe::Pipe;
 use crate::seeded_bugs::{Bug, is_planted};
 use crate::store::State;
 use crate::workers::{Urgency, Workers};
@@ -247,15 +248,32 @@ impl Volume {
         read: impl FnOnce(&Image, u64, &mut [u8]) -> Option<Result<(), ImageError>>,
     ) -> Option<Result<(), VolumeError>> {
         let len_bytes = buf.len() as u64;
-        if self.check_sync().is_err() {
-            return None;
-        }
-        if !self.is_complete() && !self.disk.bits().are_resident(self.disk.blocks_of(offset, len_bytes)) {
+        if !self.is_resident(offset, len_bytes) {
             return None;
         }
         let done = read(&self.disk.image, offset, buf)?;
         self.stats.count_resident(len_bytes);
         Some(done.map_err(VolumeError::from))
+    }
+
+    /// Puts the page cache's own pages into an empty pipe, as [`Volume::try_read_now`] reads them. None, and nothing put, where
+    /// that would not be all; also where the range begins with zeros: whoever looks at the bytes may find a hole.
+    pub fn read_into(&self, offset: u64, len_bytes: u32, pipe: &mut Pipe) -> Option<()> {
+        if !self.is_resident(offset, u64::from(len_bytes)) {
+            return None;
+        }
+        let mut begin = [0; SECTOR_BYTES as usize];
+        let begin = &mut begin[..SECTOR_BYTES.min(len_bytes) as usize];
+        self.disk.image.read_cached_at(offset, begin)?.ok().filter(|()| !is_zero(begin))?;
+        self.disk.image.read_cached_into(offset, len_bytes as usize, pipe)?;
+        self.stats.count_resident(u64::from(len_bytes));
+        Some(())
+    }
+
+    /// Whether a range may be read from the file, whatever is fetched meanwhile.
+    fn is_resident(&self, offset: u64, len_bytes: u64) -> bool {
+        self.check_sync().is_ok()
+            && (self.is_complete() || self.disk.bits().are_resident(self.disk.blocks_of(offset, len_bytes)))
     }
 
     /// Writes `data` at `offset`; with `fua`, returns when it is durable. Waits for the WAN only in one case: a write
@@ -300,6 +318,32 @@ impl Volume {
             (Ok(()), Some(turn)) if !is_planted(Bug::FuaWithoutFlush) => self.sync_here(turn),
             (done, _) => done,
         })
+    }
+
+    /// Whether [`Volume::write_from`] is worth trying: not before everything is here.
+    pub fn takes_pipes(&self) -> bool {
+        self.is_complete() && self.is_guest_noted.load(Ordering::Acquire)
+    }
+
+    /// Writes the first `len_bytes` (not 0) of a pipe at `offset`, as [`Volume::write_here`] does. None, and nothing taken out,
+    /// where that is not possible; after an error, a part may be written.
+    pub fn write_from(&self, offset: u64, pipe: &mut Pipe, len_bytes: usize) -> Option<Result<(), VolumeError>> {
+        if !self.takes_pipes() || self.is_sync_broken.load(Ordering::Acquire) {
+            return None;
+        }
+        let admitted = match self.admit() {
+            Ok(admitted) => admitted,
+            Err(error) => return Some(Err(error)),
+        };
+        self.guest_writes();
+        let mut can_write = true;
+        let done = self.change(admitted, offset..offset + len_bytes as u64).try_run(|| {
+            self.disk.image.write_from(offset, pipe, len_bytes).unwrap_or_else(|| {
+                can_write = false;
+                Ok(())
+            })
+        })?;
+        can_write.then_some(done)
     }
 
     /// Makes a range read as zeros. Whole blocks become present without being fetched.
@@ -374,7 +418,7 @@ impl Volume {
         if self.is_complete() {
             return self.write_zeroes(offset, len_bytes, true, fua).await;
         }
-        let sector = u64::from(crate::core::ids::SECTOR_BYTES);
+        let sector = u64::from(SECTOR_BYTES);
         let start = offset.next_multiple_of(sector);
         let end = offset + len_bytes;
         let end = if end == self.geometry.size_bytes { end } else { end - end % sector };
