@@ -408,6 +408,21 @@ impl Client {
         self.reply().await.error
     }
 
+    /// What is written can be read back; returns it.
+    pub(super) async fn write_and_read_back(&mut self, offset: u64, len_bytes: usize) -> Vec<u8> {
+        let data = pattern(offset as usize + 8, len_bytes);
+        assert_eq!(self.write(offset, &data).await, 0);
+        assert!(self.read(offset, len_bytes as u64).await == data, "{:?} {offset} {len_bytes}", self.style);
+        data
+    }
+
+    /// Flushes, says goodbye, and is let go.
+    pub(super) async fn leave(mut self) {
+        assert_eq!(self.call(wire::cmd::FLUSH, 0, 0, 0).await.error, 0);
+        self.send(wire::cmd::DISC, 0, 0, 0, 0).await;
+        self.expect_end().await;
+    }
+
     /// The next whole reply.
     pub(super) async fn reply(&mut self) -> Reply {
         let mut reply = Reply::default();

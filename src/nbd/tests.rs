@@ -31,13 +31,9 @@ async fn what_is_written_is_read_in_every_style_by_both_paths() {
                 let mut client = Client::connect(&served.path, style).await;
                 for (offset, len) in [(0, 1), (511, 2), (4095, 4098), (65536, 16384), (1 << 20, 100_000), (77, 3 * MIB)]
                 {
-                    let data = pattern(offset as usize + 8, len);
-                    assert_eq!(client.write(offset, &data).await, 0);
-                    assert!(client.read(offset, len as u64).await == data, "{style:?} {offset} {len}");
+                    client.write_and_read_back(offset, len).await;
                 }
-                assert_eq!(client.call(cmd::FLUSH, 0, 0, 0).await.error, 0);
-                client.send(cmd::DISC, 0, 0, 0, 0).await;
-                client.expect_end().await;
+                client.leave().await;
             }
             assert!(served.server.shutdown().await);
         }

@@ -207,14 +207,10 @@ async fn what_is_written_over_tls_is_read_over_tls() {
                     let mut client = Client::go(stream, style, &[]).await;
                     let most = MAX_PAYLOAD_BYTES as usize;
                     for (offset, len) in [(0, 1), (4095, 16386), (65536, 16384), (77, 3 * MIB), (MIB as u64, most)] {
-                        let data = pattern(offset as usize + 8, len);
-                        assert_eq!(client.write(offset, &data).await, 0);
-                        assert!(client.read(offset, len as u64).await == data, "{style:?} {offset} {len}");
+                        let data = client.write_and_read_back(offset, len).await;
                         assert!(disk.bytes_at(offset as usize, len) == data);
                     }
-                    assert_eq!(client.call(cmd::FLUSH, 0, 0, 0).await.error, 0);
-                    client.send(cmd::DISC, 0, 0, 0, 0).await;
-                    client.expect_end().await;
+                    client.leave().await;
                 }
                 assert!(served.server.shutdown().await);
             }

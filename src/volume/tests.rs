@@ -18,6 +18,8 @@ use crate::store::{MemoryState, MemoryStore, Store};
 use crate::transport::NewLink;
 use crate::transport::memory::{Fault, pair_with_faults};
 
+mod flush_panics;
+
 const BLOCK: u64 = 65536;
 
 /// A source site with one volume, and the destination's fetcher and store.

@@ -32,25 +32,22 @@ const SAY_EVERY: Duration = Duration::from_secs(4);
 pub fn run(cli: &Cli) -> Result<bool> {
     catch_signals()?;
     let clock = Clock(Instant::now());
-    let programs = Programs::find(cli.programs.as_deref())?;
-    let home = home_dir(cli.dir.as_deref(), "demo")?;
+    let programs = Programs::find(cli.run.programs.as_deref())?;
+    let home = home_dir(cli.run.dir.as_deref(), "demo")?;
     let size_bytes = cli.size.unwrap_or(if cli.quick { 64 << 20 } else { 1 << 30 });
     println!("Three similar disks move between two sites: {}, round trip {} ms.", cli.rate, rtt_ms(cli));
 
     let images = make_images(cli, &programs, &home, size_bytes, &clock)?;
-    let run_dir = RunDir::make(&home, cli.keep)?;
+    let run_dir = RunDir::make(&home, cli.run.keep)?;
     let outcome = relocate_all(cli, &programs, &images, run_dir.path(), &clock);
     // Whatever else failed, failed because of it.
     check_interrupt()?;
-    if outcome.is_err() && !cli.keep {
+    if outcome.is_err() && !cli.run.keep {
         eprintln!("demo: run it again with --keep to have the logs of both sites");
     }
     let report = outcome?;
     println!("\n{}", report.tables());
-    if let Some(path) = &cli.json {
-        let json = serde_json::to_vec_pretty(&report).context("cannot write the report")?;
-        fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
-    }
+    cli.run.write_json(&report)?;
     let verdict = match (report.is_right(), report.is_frugal()) {
         (true, true) => "PASS: every byte is right",
         (true, false) => "FAIL: every byte is right, but more crossed the WAN than may",

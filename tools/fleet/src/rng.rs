@@ -1,9 +1,11 @@
 //! A small seeded random generator: the same seed gives the same images for ever. Pure; not for secrets.
 //! Must not know: what is drawn.
 
-/// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014).
+use blockferry_lab::random::Random;
+
+/// Numbers by seed and purpose.
 #[derive(Clone, Debug)]
-pub struct Rng(u64);
+pub struct Rng(Random);
 
 impl Rng {
     /// A generator of its own for each seed and purpose, so that a draw more for one leaves the others as they were.
@@ -13,21 +15,17 @@ impl Rng {
         hasher.update(purpose.as_bytes());
         let mut first = [0; 8];
         hasher.finalize_xof().fill(&mut first);
-        Rng(u64::from_le_bytes(first))
+        Rng(Random::new(u64::from_le_bytes(first)))
     }
 
     /// The next 64 bits.
     pub fn next_u64(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0.number()
     }
 
     /// A number below `bound`; 0 when `bound` is 0. (The bias is below 2^-32 for the bounds used here.)
     pub fn below(&mut self, bound: u64) -> u64 {
-        if bound == 0 { 0 } else { self.next_u64() % bound }
+        if bound == 0 { 0 } else { self.0.below(bound) }
     }
 
     /// A number from `low` up to and without `high`.
@@ -47,10 +45,7 @@ impl Rng {
 
     /// Fills with bytes that no compressor shrinks.
     pub fn fill(&mut self, bytes: &mut [u8]) {
-        for chunk in bytes.chunks_mut(8) {
-            let word = self.next_u64().to_le_bytes();
-            chunk.copy_from_slice(&word[..chunk.len()]);
-        }
+        self.0.fill(bytes);
     }
 
     /// Puts them into a random order (Fisher and Yates).

@@ -1,21 +1,20 @@
-//! Seeded numbers for the client: SplitMix64 (Steele, Lea and Flood, 2014). Pure.
+//! Seeded numbers for those who write and choose. Pure; not for secrets. Must not know what is drawn.
+
+use blockferry_wan::rng::Rng;
 
 /// The same seed gives the same numbers, on every machine.
-pub struct Random(u64);
+#[derive(Clone, Debug)]
+pub struct Random(Rng);
 
 impl Random {
     /// Begins at `seed`.
     pub fn new(seed: u64) -> Random {
-        Random(seed)
+        Random(Rng::seeded(seed))
     }
 
     /// Any number.
     pub fn number(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0.next_u64()
     }
 
     /// A number below `bound`, which is more than 0.

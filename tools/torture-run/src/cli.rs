@@ -1,8 +1,7 @@
 //! The command line of `tools/torture`; the help that users see is in that file, for there is nothing built yet when they
 //! ask for it. Must not know what is done with it.
 
-use std::path::PathBuf;
-
+use blockferry_lab::cli::RunOptions;
 use blockferry_wan::units::{Rate, Span, parse_size};
 use clap::Parser;
 
@@ -29,18 +28,9 @@ pub struct Cli {
     /// The WAN's round trip
     #[arg(long, value_name = "TIME", default_value = "20ms")]
     pub rtt: Span,
-    /// Leave images, logs and configurations of both sites for a look; done without being asked when something is lost
-    #[arg(long)]
-    pub keep: bool,
-    /// Where images are kept between runs, and a run's files lie [default: ~/.cache/blockferry/torture]
-    #[arg(long, value_name = "DIR")]
-    pub dir: Option<PathBuf>,
-    /// Write the tally to this file, too
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-    /// Where the programs are
-    #[arg(long, value_name = "DIR", hide = true)]
-    pub programs: Option<PathBuf>,
+    /// Where things are and go
+    #[command(flatten)]
+    pub run: RunOptions,
 }
 
 #[cfg(test)]
@@ -58,10 +48,7 @@ mod tests {
 
     #[test]
     fn the_help_of_the_script_has_every_option() {
-        let script = include_str!("../../torture");
-        for option in Cli::command().get_arguments().filter(|option| !option.is_hide_set()) {
-            let long = option.get_long().unwrap();
-            assert!(script.contains(&format!("\n  --{long} ")), "--{long}");
-        }
+        let missing = blockferry_lab::cli::missing_in(include_str!("../../torture"), &Cli::command());
+        assert!(missing.is_empty(), "{missing:?}");
     }
 }

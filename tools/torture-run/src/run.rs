@@ -34,8 +34,8 @@ const FAST_BITS_PER_S: u64 = 1_000_000_000;
 pub fn run(cli: &Cli) -> Result<bool> {
     catch_signals()?;
     let clock = Clock(Instant::now());
-    let programs = Programs::find(cli.programs.as_deref())?;
-    let home = home_dir(cli.dir.as_deref(), "torture")?;
+    let programs = Programs::find(cli.run.programs.as_deref())?;
+    let home = home_dir(cli.run.dir.as_deref(), "torture")?;
     let size_bytes = cli.size.unwrap_or(if cli.quick { 64 << 20 } else { 256 << 20 });
     let cycles = cli.cycles.unwrap_or(if cli.quick { 20 } else { 200 });
     println!(
@@ -46,7 +46,7 @@ pub fn run(cli: &Cli) -> Result<bool> {
     require_room(&home, size_bytes * 8 + (512 << 20), "say --dir DIR, or --size")?;
     let wanted = Wanted { count: 1, size_bytes, from_host: size_bytes < 1 << 30 };
     let image = images::make(&programs, &home, &wanted)?.remove(0);
-    let mut run_dir = RunDir::make(&home, cli.keep)?;
+    let mut run_dir = RunDir::make(&home, cli.run.keep)?;
     let mut report = Report {
         seed: cli.seed,
         size_bytes,
@@ -65,10 +65,7 @@ pub fn run(cli: &Cli) -> Result<bool> {
         run_dir.keep();
     }
     println!("\n{}{}", report.table(), report.losses());
-    if let Some(path) = &cli.json {
-        let json = serde_json::to_vec_pretty(&report).context("cannot write the tally")?;
-        fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
-    }
+    cli.run.write_json(&report)?;
     outcome.with_context(|| format!("seed {}, cycle {}", cli.seed, report.all_cycles()))?;
     let verdict = if report.is_right() { "PASS: 0 lost" } else { "FAIL" };
     println!("{verdict} ({:.0} s).", report.seconds);
