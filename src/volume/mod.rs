@@ -492,6 +492,8 @@ impl Volume {
         let (is_sync_broken, name) = (Arc::clone(&self.is_sync_broken), self.name.clone());
         let is_complete = self.is_complete();
         Ok(Some(move || -> Result<(), VolumeError> {
+            // A local, and so gone before `turn`: whoever has the next turn finds the volume poisoned.
+            let _poison = PoisonIfPanicked(Arc::clone(&is_sync_broken));
             // What is set here is in the file already: a bit is set after its bytes.
             let chunks = if is_complete { Default::default() } else { disk.residency().take_dirty_chunks() };
             // One at a time: after a TRIM of everything they are many, and reads look at the masks meanwhile.
@@ -600,6 +602,17 @@ impl Volume {
             first: (!self.is_guest_noted.load(Ordering::Acquire))
                 .then(|| (self.journal.clone(), Arc::clone(&self.is_guest_noted))),
             observer: Arc::clone(&self.observer),
+        }
+    }
+}
+
+/// Poisons the volume when the flush that holds it panics: what that took will never be written.
+struct PoisonIfPanicked(Arc<AtomicBool>);
+
+impl Drop for PoisonIfPanicked {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(true, Ordering::Release);
         }
     }
 }

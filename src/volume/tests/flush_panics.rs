@@ -163,3 +163,75 @@ async fn a_flush_that_waits_for_one_that_panics_fails_and_does_not_hang() {
     assert!(matches!(waited, Err(VolumeError::SyncFailed { .. })), "{waited:?}");
     scene.expect_poisoned().await;
 }
+
+/// Asks again for its flush in the very moment in which it is woken, while whoever woke it is still unwinding.
+struct AtOnce {
+    waiting: parking_lot::Mutex<Option<futures::future::BoxFuture<'static, Result<(), VolumeError>>>>,
+    answer: std::sync::mpsc::Sender<Result<(), VolumeError>>,
+}
+
+impl std::task::Wake for AtOnce {
+    fn wake(self: Arc<Self>) {
+        if let Some(waiting) = self.waiting.lock().take() {
+            let done = std::thread::spawn(move || futures::executor::block_on(waiting)).join();
+            let _ = done.map(|done| self.answer.send(done));
+        }
+    }
+}
+
+/// The next sync panics, and a flush waits for its turn meanwhile: what that is told, however early it is woken.
+fn wait_for_the_one_that_panics(scene: &Scene) -> std::sync::mpsc::Receiver<Result<(), VolumeError>> {
+    let volume = Arc::clone(&scene.volume);
+    let (answer, answered) = std::sync::mpsc::channel();
+    scene.panic_at_next_sync(move || {
+        let mut waiting: futures::future::BoxFuture<_> = Box::pin(async move { volume.flush().await });
+        let at_once = Arc::new(AtOnce { waiting: parking_lot::Mutex::new(None), answer });
+        let waker = Waker::from(Arc::clone(&at_once));
+        assert!(waiting.as_mut().poll(&mut Context::from_waker(&waker)).is_pending(), "one sync at a time");
+        *at_once.waiting.lock() = Some(waiting);
+    });
+    answered
+}
+
+#[tokio::test]
+async fn whoever_waits_is_not_faster_than_the_poison() {
+    let scene = Scene::new().await;
+    scene.volume.write_here(BLOCK, &[2; BLOCK as usize], false).expect("nothing to wait for").expect("writes");
+    let answered = wait_for_the_one_that_panics(&scene);
+    scene.volume.flush_here().expect("no other flush is under way").expect_err("panics");
+    let waited = answered.recv_timeout(Duration::from_secs(10)).expect("has its turn");
+    assert!(matches!(waited, Err(VolumeError::SyncFailed { .. })), "{waited:?}");
+    scene.expect_poisoned().await;
+}
+
+#[tokio::test]
+async fn nor_faster_than_that_of_a_flush_on_another_thread() {
+    let scene = Scene::new().await;
+    scene.volume.write_here(BLOCK, &[2; BLOCK as usize], false).expect("nothing to wait for").expect("writes");
+    let answered = wait_for_the_one_that_panics(&scene);
+    scene.volume.flush().await.expect_err("panics");
+    let waited = answered.recv_timeout(Duration::from_secs(10)).expect("has its turn");
+    assert!(matches!(waited, Err(VolumeError::SyncFailed { .. })), "{waited:?}");
+    scene.expect_poisoned().await;
+}
+
+#[tokio::test]
+async fn a_flush_that_panics_when_its_client_is_gone_poisons_the_volume() {
+    let scene = Scene::new().await;
+    scene.volume.write_here(BLOCK, &[2; BLOCK as usize], false).expect("nothing to wait for").expect("writes");
+    let (begun, begins) = std::sync::mpsc::channel();
+    let (gone, hangs_up) = std::sync::mpsc::channel::<()>();
+    scene.panic_at_next_sync(move || {
+        begun.send(()).expect("the test waits");
+        let _ = hangs_up.recv();
+    });
+    let mut flush = Box::pin(scene.volume.flush());
+    assert!(flush.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    begins.recv().expect("the sync begins");
+    drop(flush);
+    drop(gone);
+    // Has its turn after the one that panics.
+    let next = scene.volume.flush().await;
+    assert!(matches!(next, Err(VolumeError::SyncFailed { .. })), "{next:?}");
+    scene.expect_poisoned().await;
+}
