@@ -31,12 +31,12 @@ fn rows_that_make_no_sense() {
     half_way.row("a row full of ones", &|h| change(h, &all), unserved);
     // More bits than there are blocks.
     let behind = |mut row: Vec<u8>| {
-        row[128] |= 0x80;
+        row[32] |= 0x80;
         row
     };
     half_way.row("a row that marks blocks behind the end", &|h| change(h, &behind), unserved);
-    half_way.row("a row of a chunk behind the end", &|h| put(h, chunk(99), &[1; 257]), unserved);
-    half_way.row("a key that is too short", &|h| put(h, key(b"c/xyz"), &[1; 257]), unserved);
+    half_way.row("a row of a chunk behind the end", &|h| put(h, chunk(99), &[2; 65]), unserved);
+    half_way.row("a key that is too short", &|h| put(h, key(b"c/xyz"), &[2; 65]), unserved);
     half_way.row("a row of another name", &|h| put(h, key(b"unknown"), b"?"), Outcome::Serves);
     const RECORD: &[&str] = &["vm", "record", "state database"];
     half_way.row("a volume's record that is none", &|h| put(h, b"vol/vm".to_vec(), b"{}"), Outcome::Refuses(RECORD));
