@@ -13,7 +13,7 @@ use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::{pipe2, read, write};
 
 /// The most that is to be put into one pipe, in bytes.
-pub const PIPE_MAX_BYTES: usize = 128 << 10;
+pub const PIPE_MAX_BYTES: usize = 256 << 10;
 
 /// What the kernel is asked for: room for so many bytes at any offset, in pages, of which it makes a power of two. Of an
 /// unprivileged user's pipes, 64 MiB in all get more than two pages (pipe(7), `pipe-user-pages-soft`).
