@@ -53,7 +53,8 @@ impl Pipe {
         let mut asked = nix::libc::pollfd { fd: self.into.as_raw_fd(), events: nix::libc::POLLOUT, revents: 0 };
         // SAFETY: one entry that is ours during the call, on a descriptor that `self` keeps open; does not wait.
         let ready = unsafe { nix::libc::poll(&raw mut asked, 1, 0) };
-        ready == 0
+        // Interrupted by a signal it does not know: whoever is told "full" copies, whoever is told "room" might wait for ever.
+        ready != 1
     }
 
     /// Puts in the pages of a file from `offset` on, waiting for the disk if need be; returns how many bytes, 0 at the end
