@@ -48,7 +48,7 @@ enum Due {
 /// Within a batch, nothing is changed that is also read or changed otherwise: so every answer is certain.
 fn work(client: &mut Client, seed: u64, start: u64, model: &mut [u8]) {
     let mut rng = Rng(seed);
-    for batch in 0..14 {
+    for batch in 0..30 {
         let mut due = HashMap::new();
         let mut taken: Vec<(Range<usize>, bool)> = Vec::new();
         for turn in 0..8 + rng.below(9) {
@@ -243,11 +243,16 @@ fn long_writes_that_fill_the_disk() {
     site.stop();
 }
 
+/// What tells a word from all others on the disk, and from none.
+fn place_of(sector: u64, word: usize) -> u64 {
+    (sector << 8) + word as u64 + 1
+}
+
 /// What a client's write of this number puts into a sector: every word says whose it is, so that any other is noticed.
 fn sector_of(sector: u64, version: u64) -> [u8; 512] {
     let mut bytes = [0; 512];
     for (at, word) in bytes.chunks_mut(8).enumerate() {
-        word.copy_from_slice(&(at as u64 + 1 | sector << 8 | version << 32).to_be_bytes());
+        word.copy_from_slice(&(version << 32 | place_of(sector, at)).to_be_bytes());
     }
     bytes
 }
@@ -256,7 +261,7 @@ fn sector_of(sector: u64, version: u64) -> [u8; 512] {
 #[track_caller]
 fn version_of(word: &[u8], at: usize, sector: u64) -> u64 {
     let word = word.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
-    assert_eq!(word & 0xffff_ffff, at as u64 + 1 | sector << 8, "sector {sector} holds what was written elsewhere");
+    assert_eq!(word & 0xffff_ffff, place_of(sector, at), "sector {sector} holds what was written elsewhere");
     word >> 32
 }
 
@@ -301,6 +306,51 @@ fn meddle(client: &mut Client, writer: u64, start: u64) {
     }
     // Page caches promise no more to who reads while another writes.
     eprintln!("{torn} sectors were read while they were being written");
+}
+
+/// Replies to long reads wait in the socket while what they were read from is written over, discarded, or both: what is taken in the
+/// end was there at some time between the request and the reply.
+#[test]
+fn replies_that_are_taken_when_the_disk_has_changed() {
+    const SECTORS: u64 = 48 * 256;
+    let all = |version: u64| (0..SECTORS).flat_map(move |sector| sector_of(sector, version)).collect::<Vec<u8>>();
+    on_both_kinds(33, 140, |kind| {
+        let mut other = Client::new(kind.connect(ReplyStyle::Structured, 0));
+        for (nth, (discards, writes)) in [(true, false), (false, true), (true, true)].into_iter().enumerate() {
+            let (old, new) = (2 * nth as u64 + 1, 2 * nth as u64 + 2);
+            let at = 512 * 3;
+            other.write(at, &all(old));
+            let mut late = Client::new(kind.connect(STYLES[nth], 0));
+            let mut due = HashMap::new();
+            for first in (0..SECTORS).step_by(256) {
+                let raw = late.raw(cmd::READ, 0, at + first * 512, 131_072);
+                due.insert(late.submit(&raw, &[]), first);
+            }
+            assert!(late.connection.send());
+            // Its first replies are under way when another's request has been answered.
+            other.succeeds(cmd::FLUSH, 0, 0, 0);
+            if discards {
+                // Within sectors and pages at both ends.
+                other.succeeds(cmd::TRIM, 0, at + 512 * 5, 512 * (SECTORS - 9));
+            }
+            if writes {
+                other.write(at, &all(new));
+            }
+            for (cookie, answer) in late.connection.drain() {
+                assert_eq!(answer.errno, None);
+                let first = due.remove(&cookie).expect("it was asked");
+                for (sector, bytes) in (first..).zip(answer.data.chunks(512)) {
+                    let (was, is) = (sector_of(sector, old), sector_of(sector, new));
+                    // By words: some may have been read while they were written.
+                    let is_right = bytes
+                        .chunks(8)
+                        .zip(was.chunks(8).zip(is.chunks(8)))
+                        .all(|(word, (was, is))| word == was || writes && word == is || discards && word == [0; 8]);
+                    assert!(is_right, "round {nth}: sector {sector} begins with {:?}", &bytes[..16]);
+                }
+            }
+        }
+    });
 }
 
 /// Every sector is one of those that were written there, whoever wrote, and however long the reply was on its way.
