@@ -5,7 +5,7 @@
 //! 6.5): until they are taken out, a write to that place of the file shows in them.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use bytes::{BufMut, BytesMut};
 use nix::errno::Errno;
@@ -46,6 +46,15 @@ impl Pipe {
     /// Whether nothing is in it.
     pub fn is_empty(&self) -> bool {
         self.len_bytes == 0
+    }
+
+    /// Whether nothing more can be put in now: the pages are in use, however little each holds.
+    pub fn is_full(&self) -> bool {
+        let mut asked = nix::libc::pollfd { fd: self.into.as_raw_fd(), events: nix::libc::POLLOUT, revents: 0 };
+        // SAFETY: one entry that is ours during the call, on a descriptor that `self` keeps open; does not wait.
+        let ready = unsafe { nix::libc::poll(&raw mut asked, 1, 0) };
+        // Interrupted by a signal it does not know: whoever is told "full" copies, whoever is told "room" might wait for ever.
+        ready != 1
     }
 
     /// Puts in the pages of a file from `offset` on, waiting for the disk if need be; returns how many bytes, 0 at the end
@@ -185,6 +194,7 @@ mod tests {
     #[test]
     fn a_full_pipe_says_so() {
         let mut pipe = Pipe::new().expect("a pipe");
+        assert!(!pipe.is_full());
         let mut puts = 0;
         let error = loop {
             // Nothing is merged across calls on a pipe that is filled from a socket; from memory it may be.
@@ -194,7 +204,7 @@ mod tests {
             }
         };
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
-        assert!(puts >= PIPE_MAX_BYTES && puts == pipe.len_bytes());
+        assert!(puts >= PIPE_MAX_BYTES && puts == pipe.len_bytes() && pipe.is_full());
         let file = tempfile::tempfile().expect("a file");
         file.set_len(4096).expect("sized");
         let refused = pipe.put_from_file(&file, 0, 4096).expect_err("full");

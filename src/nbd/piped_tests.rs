@@ -92,6 +92,30 @@ async fn a_payload_in_crumbs() {
     .await;
 }
 
+/// The pipe has no room left, the payload is not complete, and there is nothing in the socket but its end.
+#[tokio::test]
+async fn a_client_that_vanishes_when_its_crumbs_have_filled_the_pipe() {
+    within(async {
+        let disk = MemoryDisk::patterned(MIB);
+        disk.at_once.store(true, Ordering::SeqCst);
+        let served = serve(&disk).await;
+        for crumbs in 60..=66 {
+            let mut client = Client::connect(&served.path, ReplyStyle::Simple).await;
+            // From here on no more than 512 bytes are read at once for a header.
+            assert_eq!(client.write(0, &pattern(0, PIPE_MAX_BYTES)).await, 0);
+            let mut bytes = client.header(cmd::WRITE, 0, 1, 0, LONGEST);
+            bytes.resize(512, 0xee);
+            client.stream.write_all(&bytes).await.expect("sends");
+            for _ in 0..crumbs {
+                client.stream.write_all(&[0xee]).await.expect("sends");
+            }
+        }
+        until("the end of all connections", || served.server.connections() == 0).await;
+        assert!(disk.bytes_at(0, MIB) == pattern(0, MIB));
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_long_write_that_hangs_in_the_disk_holds_up_nothing_else_of_its_client() {
     within(async {

@@ -135,7 +135,7 @@ impl Socket {
         matches!(self, Socket::Unix(_))
     }
 
-    /// As [`Socket::poll_read`], into a pipe. None: there is something, but no room for it in the pipe.
+    /// As [`Socket::poll_read`], into a pipe. None: the pipe has no room for more.
     pub(super) fn poll_read_into(
         &mut self,
         cx: &mut Context<'_>,
@@ -146,10 +146,9 @@ impl Socket {
         loop {
             ready!(stream.poll_read_ready(cx))?;
             let read = stream.try_io(Interest::READABLE, || match pipe.put_from_socket(stream.as_fd(), max_bytes) {
-                // The reactor must not be told that the socket is empty when it is the pipe that is full.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && !pipe.is_empty() && has_input(stream) => {
-                    Ok(None)
-                }
+                // The reactor must not be told that the socket is empty when it is the pipe that is full; and a full pipe says nothing
+                // of the socket, whose client may have gone: asked again, it would say the same for ever.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && pipe.is_full() => Ok(None),
                 read => read.map(Some),
             });
             match read {

@@ -19,6 +19,7 @@ use crate::transport::NewLink;
 use crate::transport::memory::{Fault, pair_with_faults};
 
 mod flush_panics;
+mod through_pipes;
 
 const BLOCK: u64 = 65536;
 

@@ -16,5 +16,6 @@ mod relocation;
 mod running_out;
 mod scale;
 mod site;
+mod small_disk;
 mod tls;
 mod tools;

@@ -8,9 +8,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::disk::{BLOCK, Disk, assert_same, noise};
-use crate::disk_full::{is_impossible, on_small_disk, seen_by};
 use crate::nbd_client::{NbdClient, Replies};
 use crate::site::{Pair, eventually, link, text};
+use crate::small_disk::{is_impossible, on_small_disk, seen_by};
 
 const ENOSPC: u32 = 28;
 

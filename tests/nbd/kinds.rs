@@ -10,12 +10,14 @@ use blockferry::core::nbd::ReplyStyle;
 
 pub const EXPORT: &str = "vm";
 
+const FILE: &str = "disk.raw";
+
 /// All forms that can be negotiated.
 pub const STYLES: [ReplyStyle; 3] = [ReplyStyle::Simple, ReplyStyle::Structured, ReplyStyle::Extended];
 
 #[expect(clippy::large_enum_variant, reason = "one of each is ever made")]
 enum Home {
-    Complete { site: Site, _dir: tempfile::TempDir },
+    Complete { site: Site, dir: tempfile::TempDir },
     Relocating(Pair),
 }
 
@@ -32,10 +34,10 @@ impl Kind {
         let dir = tempfile::Builder::new().prefix("ferry").tempdir().expect("a directory");
         let mut site = Site::new(dir.path(), "a");
         site.start();
-        let path = dir.path().join("disk.raw");
+        let path = dir.path().join(FILE);
         disk.write_to(&path);
         site.ok(&["volume", "add", EXPORT, "--image", text(&path)]);
-        Kind { name: "complete", bytes: disk.bytes.clone(), home: Home::Complete { site, _dir: dir } }
+        Kind { name: "complete", bytes: disk.bytes.clone(), home: Home::Complete { site, dir } }
     }
 
     /// Nothing is copied but what is read: it stays incomplete for as long as the check takes.
@@ -59,6 +61,14 @@ impl Kind {
 
     pub fn size_bytes(&self) -> u64 {
         self.bytes.len() as u64
+    }
+
+    /// The raw file, where it holds all of the disk.
+    pub fn file(&self) -> Option<PathBuf> {
+        match &self.home {
+            Home::Complete { dir, .. } => Some(dir.path().join(FILE)),
+            Home::Relocating(_) => None,
+        }
     }
 
     /// A client in transmission, with the first `contexts` metadata contexts.

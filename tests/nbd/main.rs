@@ -13,6 +13,7 @@ mod disk;
 mod fuzz;
 mod handshakes;
 mod kinds;
+mod long_requests;
 mod mounted;
 #[path = "../e2e/nbd_client.rs"]
 #[expect(dead_code, reason = "shared with the tests from end to end")]
@@ -21,5 +22,7 @@ mod peers;
 #[path = "../e2e/site.rs"]
 #[expect(dead_code, reason = "shared with the tests from end to end")]
 mod site;
+#[path = "../e2e/small_disk.rs"]
+mod small_disk;
 #[path = "../../fuzz/src/targets/mod.rs"]
 mod targets;

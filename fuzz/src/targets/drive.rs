@@ -112,6 +112,21 @@ impl Connection {
         got
     }
 
+    /// As [`Connection::drain`], but takes answers while it sends, in segments of at most so many bytes: more may be under way
+    /// than sockets hold.
+    pub(crate) fn drain_in_segments(&mut self, segment_bytes: usize) -> Vec<(u64, Answer)> {
+        let unsent = std::mem::take(&mut self.unsent);
+        let mut stream = self.stream.try_clone().expect("another handle");
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                for segment in unsent.chunks(segment_bytes) {
+                    stream.write_all(segment).expect("the server takes requests");
+                }
+            });
+            self.drain()
+        })
+    }
+
     /// Sends what is queued and nothing more; what is answered until the server closes.
     pub(crate) fn last_answers(mut self) -> Vec<(u64, Answer)> {
         // It may have hung up in the middle of this.
