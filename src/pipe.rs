@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use bytes::{BufMut, BytesMut};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::{pipe2, read, write};
 
 /// The most that is to be put into one pipe, in bytes.
@@ -28,9 +29,15 @@ pub struct Pipe {
 }
 
 impl Pipe {
-    /// An empty pipe with room for [`PIPE_MAX_BYTES`]; an error where the system has no descriptors or no room left.
+    /// An empty pipe with room for [`PIPE_MAX_BYTES`]; an error where the system has few descriptors or no room left: a pipe saves a
+    /// copy, and is not worth a database that cannot open its files.
     pub fn new() -> io::Result<Pipe> {
         let (out, into) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        // The lowest free number is given out first.
+        if into.as_raw_fd() as u64 >= limit / 4 * 3 {
+            return Err(Errno::EMFILE.into());
+        }
         let capacity = fcntl(&into, FcntlArg::F_SETPIPE_SZ(CAPACITY_BYTES))?;
         if capacity < CAPACITY_BYTES {
             return Err(io::ErrorKind::OutOfMemory.into());
@@ -91,7 +98,8 @@ impl Pipe {
         Ok(taken)
     }
 
-    /// Gives the first bytes to a socket; returns how many. `WouldBlock`: it takes none now.
+    /// Gives the first bytes to a socket; returns how many. `WouldBlock`: it takes none now. A socket that is closed raises SIGPIPE, which
+    /// Rust's programs ignore from the beginning.
     pub fn take_to_socket(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         let flags = SpliceFFlags::SPLICE_F_NONBLOCK;
         let taken = retry(|| splice(&self.out, None, socket, None, self.len_bytes, flags))?;

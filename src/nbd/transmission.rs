@@ -594,7 +594,13 @@ impl Transmission {
                         self.leave_pipe();
                         return Poll::Ready(());
                     }
-                    Err(error) => Err(error),
+                    Err(error) => {
+                        // If it is the socket's, the next read finds it, too.
+                        tracing::debug!(%error, peer = %self.peer, "no splice for an nbd client: its longer requests are copied");
+                        self.set_may_pipe(false);
+                        self.leave_pipe();
+                        return Poll::Ready(());
+                    }
                 }
             }
             intake => {

@@ -20,7 +20,7 @@ const MIB: usize = 1 << 20;
 
 /// A length: mostly of those that go through pipes, at their limits, and beyond.
 fn some_len(rng: &mut Rng) -> usize {
-    let exact = [16_384, 16_385, 32_767, 32_768, 32_769, 65_536, 131_071, 131_072, 131_072, 131_073];
+    let exact = [16_384, 16_385, 32_767, 32_768, 32_769, 65_536, 131_071, 131_072, 131_073, 262_143, 262_144, 262_145];
     let len = match rng.below(8) {
         0 => 512 * (1 + rng.below(16)),
         1 => 256 * 1024 + rng.below(768 * 1024),
