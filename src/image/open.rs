@@ -27,7 +27,8 @@ impl Image {
         Ok(image)
     }
 
-    /// Makes the sparse file that a relocation fills. A regular file that exists is refused, whatever it holds; a block
+    /// Makes the sparse file that a relocation fills. A regular file that exists is refused, unless it holds nothing and is empty or of
+    /// this very size: a crash leaves such a one behind between this call and the note of what it is for. A block
     /// device is taken when it is large enough and not in use.
     pub fn create(path: &Path, size_bytes: u64) -> Result<Image, ImageError> {
         if let Ok(meta) = std::fs::metadata(path) {
@@ -45,16 +46,22 @@ impl Image {
                 image.lock()?;
                 return Ok(Image { size_bytes, ..image });
             }
-            if let Ok(existing) = Image::open_read(path) {
-                existing.lock()?;
-            }
-            return Err(ImageError::Exists { path: path.to_owned() });
         }
-        let options = OpenOptions::new().read(true).write(true).create_new(true).to_owned();
-        let file = open(path, &options, "writing")?;
+        let mut options = OpenOptions::new().read(true).write(true).to_owned();
+        let (file, is_new) = match open(path, options.create_new(true), "writing") {
+            Err(ImageError::Unreadable { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
+                (open(path, options.create_new(false), "writing")?, false)
+            }
+            made => (made?, true),
+        };
+        let len_bytes = file.metadata().map(|meta| meta.len()).unwrap_or(u64::MAX);
         let file = Medium::File(file);
         let image = Image { file, path: path.to_owned(), size_bytes, is_block_device: false, is_writable: true };
         image.lock()?;
+        let holds_nothing = len_bytes == 0 || len_bytes == size_bytes && image.next_data(0)?.is_none();
+        if !is_new && !holds_nothing {
+            return Err(ImageError::Exists { path: path.to_owned() });
+        }
         let made = image.file.make(size_bytes).and_then(|()| {
             // The name has to survive a power loss as well as the content does.
             match path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
@@ -63,7 +70,9 @@ impl Image {
             }
         });
         if let Err(source) = made {
-            let _ = std::fs::remove_file(path);
+            if is_new {
+                let _ = std::fs::remove_file(path);
+            }
             return Err(ImageError::Io { doing: "creating", path: path.to_owned(), offset: size_bytes, source });
         }
         Ok(image)

@@ -92,6 +92,23 @@ fn a_destination_is_never_overwritten_nor_shared() {
 }
 
 #[test]
+fn a_destination_that_a_crash_left_empty_is_taken() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("new");
+    for left_bytes in [0, 1 << 20] {
+        File::create(&path).and_then(|file| file.set_len(left_bytes)).expect("made");
+        let image = Image::create(&path, 1 << 20).expect("takes what holds nothing");
+        assert_eq!((image.size_bytes(), fs::metadata(&path).expect("there").len()), (1 << 20, 1 << 20));
+        assert!(matches!(Image::create(&path, 1 << 20), Err(ImageError::InUse { .. })));
+    }
+    // Something is in it, be it a zero.
+    Image::open_write(&path).and_then(|image| image.write_at(70_000, &[0])).expect("writes");
+    let exists = Image::create(&path, 1 << 20).expect_err("exists");
+    assert!(matches!(exists, ImageError::Exists { .. }), "{exists}");
+    assert_eq!(fs::metadata(&path).expect("still there").len(), 1 << 20);
+}
+
+#[test]
 fn the_stamp_moves_with_a_write() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = sparse(&dir, "a", 1 << 20);
