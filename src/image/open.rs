@@ -31,26 +31,16 @@ impl Image {
     /// this very size: a crash leaves such a one behind between this call and the note of what it is for. A block
     /// device is taken when it is large enough and not in use.
     pub fn create(path: &Path, size_bytes: u64) -> Result<Image, ImageError> {
-        if let Ok(meta) = std::fs::metadata(path) {
-            if meta.file_type().is_block_device() {
-                // O_EXCL without O_CREAT on a block device: "in use" (mounted, part of an array) gives EBUSY.
-                let options = OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_EXCL).to_owned();
-                let image = Image::examine(open(path, &options, "writing")?, path, true)?;
-                if image.size_bytes < size_bytes {
-                    return Err(ImageError::TooSmall {
-                        path: path.to_owned(),
-                        have_bytes: image.size_bytes,
-                        need_bytes: size_bytes,
-                    });
-                }
-                image.lock()?;
-                return Ok(Image { size_bytes, ..image });
-            }
+        match std::fs::metadata(path).map(|meta| meta.file_type()) {
+            Ok(kind) if kind.is_block_device() => return Image::take_device(path, size_bytes),
+            Ok(kind) if !kind.is_file() => return Err(ImageError::Exists { path: path.to_owned() }),
+            _ => {}
         }
+        let exists = || ImageError::Exists { path: path.to_owned() };
         let mut options = OpenOptions::new().read(true).write(true).to_owned();
         let (file, is_new) = match open(path, options.create_new(true), "writing") {
             Err(ImageError::Unreadable { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
-                (open(path, options.create_new(false), "writing")?, false)
+                (open(path, options.create_new(false), "writing").map_err(|_| exists())?, false)
             }
             made => (made?, true),
         };
@@ -60,7 +50,7 @@ impl Image {
         image.lock()?;
         let holds_nothing = len_bytes == 0 || len_bytes == size_bytes && image.next_data(0)?.is_none();
         if !is_new && !holds_nothing {
-            return Err(ImageError::Exists { path: path.to_owned() });
+            return Err(exists());
         }
         let made = image.file.make(size_bytes).and_then(|()| {
             // The name has to survive a power loss as well as the content does.
@@ -76,6 +66,21 @@ impl Image {
             return Err(ImageError::Io { doing: "creating", path: path.to_owned(), offset: size_bytes, source });
         }
         Ok(image)
+    }
+
+    fn take_device(path: &Path, size_bytes: u64) -> Result<Image, ImageError> {
+        // O_EXCL without O_CREAT on a block device: "in use" (mounted, part of an array) gives EBUSY.
+        let options = OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_EXCL).to_owned();
+        let image = Image::examine(open(path, &options, "writing")?, path, true)?;
+        if image.size_bytes < size_bytes {
+            return Err(ImageError::TooSmall {
+                path: path.to_owned(),
+                have_bytes: image.size_bytes,
+                need_bytes: size_bytes,
+            });
+        }
+        image.lock()?;
+        Ok(Image { size_bytes, ..image })
     }
 
     fn examine(mut file: File, path: &Path, is_writable: bool) -> Result<Image, ImageError> {
