@@ -63,15 +63,37 @@ pub enum Refusal {
     Busy = 8,
     /// The site could not write its own journal.
     Internal = 9,
+    /// Another instance with this identity has been here since.
+    Clone = 10,
+    /// Clients are connected at the source.
+    InUse = 11,
+    /// A person took it back: the epoch says since when.
+    Reclaimed = 12,
+    /// The question was withdrawn by a later one.
+    Withdrawn = 13,
 }
 
 impl Refusal {
     /// The refusal with this number.
     pub fn from_wire(number: u16) -> Option<Refusal> {
         use Refusal::*;
-        [Version, UnknownVolume, NotOwner, ImageChanged, ReadFailed, BadRequest, ShuttingDown, Busy, Internal]
-            .into_iter()
-            .find(|refusal| *refusal as u16 == number)
+        [
+            Version,
+            UnknownVolume,
+            NotOwner,
+            ImageChanged,
+            ReadFailed,
+            BadRequest,
+            ShuttingDown,
+            Busy,
+            Internal,
+            Clone,
+            InUse,
+            Reclaimed,
+            Withdrawn,
+        ]
+        .into_iter()
+        .find(|refusal| *refusal as u16 == number)
     }
 
     /// Whether asking again later, without anybody doing anything, may succeed.
