@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::control::{
-    AddVolume, ApiError, ClientError, ControlClient, ErrorKind, JobId, PrewarmStatus, RelocateRequest,
+    AddVolume, ApiError, Cancel, ClientError, ControlClient, ErrorKind, JobId, PrewarmStatus, Reclaim, RelocateRequest,
     RelocationAnswer, VolumeStatus,
 };
 use crate::core::ids::Name;
@@ -46,7 +46,7 @@ pub(super) async fn ask(verb: Verb, console: &mut Console<'_>) -> Result<(), Cli
     match verb {
         Verb::Volume(VolumeVerb::Add(args)) => {
             let client = daemon::find(&args.daemon, console)?;
-            let add = AddVolume { name: args.name, image: absolute(&args.image)? };
+            let add = AddVolume { name: args.name, image: absolute(&args.image)?, again: args.again };
             let status = client.add_volume(&add).await?;
             if args.json {
                 return console.say_json(&status);
@@ -80,8 +80,21 @@ pub(super) async fn ask(verb: Verb, console: &mut Console<'_>) -> Result<(), Cli
             console.say(format!("{}: bulk limit is {}", args.name, args.rate))
         }
         Verb::Cancel(args) => {
-            daemon::find(&args.daemon, console)?.cancel(&args.name).await?;
-            console.say(format!("{}: relocation given up", args.name))
+            let cancel = Cancel { discard_writes: args.discard_writes };
+            let answer = daemon::find(&args.daemon, console)?.cancel(&args.name, cancel).await?;
+            if args.json {
+                return console.say_json(&answer);
+            }
+            console.say(show::cancelled(&args.name, answer.as_ref()).trim_end())
+        }
+        Verb::Reclaim(args) => {
+            let reclaim = Reclaim { epoch: args.epoch };
+            let answer = daemon::find(&args.daemon, console)?.reclaim(&args.name, reclaim).await?;
+            if args.json {
+                console.say_json(&answer)
+            } else {
+                console.say(show::reclaimed(&args.name, &answer).trim_end())
+            }
         }
         Verb::Prewarm(args) => prewarm(args, console).await,
         Verb::Store(StoreVerb::Stats(args)) => {
@@ -186,6 +199,9 @@ fn relocate_requests(args: &RelocateArgs) -> Result<Vec<RelocateRequest>, CliErr
             image: image.as_deref().map(absolute).transpose()?,
             bulk: args.bulk,
             bulk_rate_bytes_per_s: args.bulk_rate.and_then(|rate| rate.as_bytes_per_s()),
+            take: args.take,
+            overwrite: args.overwrite,
+            timeout_s: args.timeout.map(|timeout| timeout.0.as_secs_f64()),
         });
     }
     Ok(requests)

@@ -18,6 +18,8 @@ use crate::core::ids::Name;
 pub(crate) struct FakeSite {
     pub volumes: Mutex<BTreeMap<Name, VolumeStatus>>,
     pub calls: Mutex<Vec<String>>,
+    pub owed: Mutex<Vec<OwedOfVolume>>,
+    pub left: Mutex<Vec<Left>>,
     prewarms: Mutex<Vec<(Vec<PathBuf>, u64)>>,
     /// The next status waits for this.
     pub gate: Mutex<Option<oneshot::Receiver<()>>>,
@@ -70,6 +72,9 @@ pub(crate) fn volume(name_text: &str, role: Role, phase: Phase) -> VolumeStatus 
             cwnd_bytes: Some(620_000),
         }),
         nbd_clients: 1,
+        read_only: None,
+        guest_written_bytes: if role == Role::Destination { 18 << 20 } else { 0 },
+        owed: Vec::new(),
     }
 }
 
@@ -162,6 +167,8 @@ impl Site for FakeSite {
                     },
                 ],
                 store: FakeSite::stats(),
+                owed: self.owed.lock().clone(),
+                left: self.left.lock().clone(),
             })
         }
         .boxed()
@@ -180,7 +187,13 @@ impl Site for FakeSite {
     }
 
     fn add_volume(&self, add: AddVolume) -> Answer<'_, ()> {
-        self.note(format!("add {} {}", add.name, add.image.display()));
+        let again = if add.again { " again" } else { "" };
+        self.note(format!("add {} {}{again}", add.name, add.image.display()));
+        let left = self.left.lock().iter().find(|left| left.name == add.name && !add.again).cloned();
+        if let Some(Left { name, peer, epoch }) = left {
+            let message = format!("{name} left this site for {peer} in epoch {epoch}");
+            return ready(Err(ApiError::new(ErrorKind::Conflict, message, "--again takes it back"))).boxed();
+        }
         let mut volumes = self.volumes.lock();
         if volumes.contains_key(&add.name) {
             let message = format!("there is a volume {} already", add.name);
@@ -229,12 +242,35 @@ impl Site for FakeSite {
         ready(self.order(&format!("limit {bytes_per_s:?}"), name)).boxed()
     }
 
-    fn cancel(&self, name: Name) -> Answer<'_, ()> {
-        if name.as_str() == "precious" {
+    fn cancel(&self, name: Name, cancel: Cancel) -> Answer<'_, CancelAnswer> {
+        if name.as_str() == "precious" && !cancel.discard_writes {
             let message = "cancelling precious would lose 3 blocks that its guest wrote";
             return ready(Err(ApiError::new(ErrorKind::Refused, message, "let it complete"))).boxed();
         }
-        ready(self.order("cancel", name)).boxed()
+        let what = if cancel.discard_writes { "cancel discarding" } else { "cancel" };
+        let discarded_bytes = if cancel.discard_writes { 3 << 16 } else { 0 };
+        let answer = CancelAnswer { discarded_bytes, owner: self::name("site-b") };
+        ready(self.order(what, name).map(|()| answer)).boxed()
+    }
+
+    fn reclaim(&self, name: Name, reclaim: Reclaim) -> Answer<'_, ReclaimAnswer> {
+        let answer = self.order(&format!("reclaim {}", reclaim.epoch), name.clone()).and_then(|()| {
+            let mut volumes = self.volumes.lock();
+            let volume = volumes.get_mut(&name).ok_or_else(|| FakeSite::missing(&name))?;
+            if volume.epoch != reclaim.epoch {
+                let message = format!("{name} is in epoch {}, not {}", volume.epoch, reclaim.epoch);
+                return Err(ApiError::new(ErrorKind::Conflict, message, "look at its status again"));
+            }
+            volume.epoch += 1;
+            let (lost, lost_bytes) = match volume.role {
+                Role::Source => (vec![], Some(0)),
+                Role::Destination => {
+                    (vec!["4096 blocks that never arrived read as errors.".to_owned()], Some(4096 << 16))
+                }
+            };
+            Ok(ReclaimAnswer { epoch: volume.epoch, lost, lost_bytes, fenced: volume.peer.clone() })
+        });
+        ready(answer).boxed()
     }
 
     fn prewarm(&self, images: Vec<PathBuf>) -> Answer<'_, JobId> {

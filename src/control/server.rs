@@ -27,8 +27,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::core::ids::Name;
 
 use super::site::{
-    AddVolume, ApiError, ErrorKind, JobId, Limit, Prewarm, PrewarmStarted, RelocationAnswer, RelocationAnswers,
-    Relocations, Site,
+    AddVolume, ApiError, Cancel, CancelAnswer, ErrorKind, JobId, Limit, Prewarm, PrewarmStarted, ReclaimAnswer,
+    RelocationAnswer, RelocationAnswers, Relocations, Site,
 };
 use super::socket::{ControlSocket, SocketError};
 use super::status::{PrewarmStatus, SiteStatus, StoreStats, VolumeStatus};
@@ -93,6 +93,7 @@ fn router(site: Arc<dyn Site>, timeout: Duration) -> Router {
         .route("/v1/volumes/{name}/resume", post(resume))
         .route("/v1/volumes/{name}/limit", post(limit))
         .route("/v1/volumes/{name}/cancel", post(cancel))
+        .route("/v1/volumes/{name}/reclaim", post(reclaim))
         .route("/v1/relocations", post(relocate))
         .route("/v1/prewarms", post(prewarm))
         .route("/v1/prewarms/{job}", get(prewarm_status))
@@ -142,8 +143,17 @@ async fn limit(State(site): Shared, name: UrlPath<String>, body: Body) -> Result
     done(site.limit(volume_name(name)?, bytes_per_s).await)
 }
 
-async fn cancel(State(site): Shared, name: UrlPath<String>) -> Result<StatusCode, ApiError> {
-    done(site.cancel(volume_name(name)?).await)
+async fn cancel(State(site): Shared, name: UrlPath<String>, body: Body) -> Result<Json<CancelAnswer>, ApiError> {
+    let cancel = match body {
+        Ok(body) if body.is_empty() => Cancel::default(),
+        body => json(body)?,
+    };
+    site.cancel(volume_name(name)?, cancel).await.map(Json)
+}
+
+async fn reclaim(State(site): Shared, name: UrlPath<String>, body: Body) -> Result<Json<ReclaimAnswer>, ApiError> {
+    let name = volume_name(name)?;
+    site.reclaim(name, json(body)?).await.map(Json)
 }
 
 async fn relocate(State(site): Shared, body: Body) -> Result<(StatusCode, Json<RelocationAnswers>), ApiError> {
@@ -154,6 +164,7 @@ async fn relocate(State(site): Shared, body: Body) -> Result<(StatusCode, Json<R
     for request in &relocations {
         limit_is_not_zero(request.bulk_rate_bytes_per_s)?;
         request.image.as_deref().map_or(Ok(()), absolute)?;
+        timeout_is_sound(request.timeout_s)?;
     }
     let asked: Vec<_> = relocations.iter().map(|request| (request.peer.clone(), request.volume.clone())).collect();
     let results = site.relocate(relocations).await;
@@ -221,7 +232,7 @@ impl IntoResponse for ApiError {
             ErrorKind::Conflict => StatusCode::CONFLICT,
             ErrorKind::Invalid => StatusCode::BAD_REQUEST,
             ErrorKind::Refused => StatusCode::FORBIDDEN,
-            ErrorKind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+            ErrorKind::Unavailable | ErrorKind::UnderWay => StatusCode::SERVICE_UNAVAILABLE,
             ErrorKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         };
         (status, Json(ErrorBody { error: self })).into_response()
@@ -259,6 +270,14 @@ fn limit_is_not_zero(bytes_per_s: Option<u64>) -> Result<(), ApiError> {
         return Err(invalid("a limit of 0 bytes per second would never end", "pause the volume instead"));
     }
     Ok(())
+}
+
+fn timeout_is_sound(timeout_s: Option<f64>) -> Result<(), ApiError> {
+    match timeout_s.map(Duration::try_from_secs_f64) {
+        None => Ok(()),
+        Some(Ok(timeout)) if !timeout.is_zero() => Ok(()),
+        Some(_) => Err(invalid("timeout_s is no time that a hand-over could take", "give seconds, more than 0")),
+    }
 }
 
 /// A listener that admits [`MAX_CONNECTIONS`] at once.

@@ -9,7 +9,8 @@ use futures::future::BoxFuture;
 use super::Node;
 use super::record::Ownership;
 use crate::control::{
-    AddVolume, Answer, ApiError, ErrorKind, JobId, PrewarmStatus, RelocateRequest, Site, SiteStatus, VolumeStatus,
+    AddVolume, Answer, ApiError, Cancel, CancelAnswer, ErrorKind, JobId, PrewarmStatus, Reclaim, ReclaimAnswer,
+    RelocateRequest, Site, SiteStatus, VolumeStatus,
 };
 use crate::core::ids::Name;
 use crate::store::StoreStats;
@@ -61,6 +62,8 @@ impl Site for Node {
                 volumes,
                 peers: self.describe_peers(),
                 store: self.store.stats(),
+                owed: Vec::new(),
+                left: Vec::new(),
             })
         })
     }
@@ -89,7 +92,7 @@ impl Site for Node {
             let begin = requests.iter().map(|request| async move {
                 let node = self.strong()?;
                 let request = request.clone();
-                // A task of its own: a client that hangs up must not leave half a relocation behind.
+                // A task of its own: a panic over one volume must not take the others' answers with it.
                 let begun = tokio::spawn(async move { node.begin_relocation(&request).await }).await;
                 begun.unwrap_or_else(|error| Err(ApiError::new(ErrorKind::Internal, error.to_string(), "")))
             });
@@ -109,12 +112,21 @@ impl Site for Node {
         Box::pin(self.set_pace(name, move |_, limit| *limit = bytes_per_s))
     }
 
-    fn cancel(&self, name: Name) -> Answer<'_, ()> {
+    fn cancel(&self, name: Name, cancel: Cancel) -> Answer<'_, CancelAnswer> {
         Box::pin(async move {
-            let node = self.strong()?;
-            let cancelled = tokio::spawn(async move { node.cancel_relocation(&name).await }).await;
-            cancelled.unwrap_or_else(|error| Err(ApiError::new(ErrorKind::Internal, error.to_string(), "")))
+            if cancel.discard_writes {
+                let message = format!("volume {name}: this version cannot discard what its guest wrote");
+                return Err(ApiError::new(ErrorKind::Internal, message, "cancel it without --discard-writes"));
+            }
+            let status = self.volume_status(name.clone()).await?;
+            self.strong()?.cancel_relocation(&name).await?;
+            Ok(CancelAnswer { discarded_bytes: 0, owner: status.peer.unwrap_or(status.owner) })
         })
+    }
+
+    fn reclaim(&self, name: Name, _: Reclaim) -> Answer<'_, ReclaimAnswer> {
+        let message = format!("volume {name}: this version cannot reclaim volumes");
+        Box::pin(async move { Err(ApiError::new(ErrorKind::Internal, message, "")) })
     }
 
     fn prewarm(&self, images: Vec<PathBuf>) -> Answer<'_, JobId> {

@@ -127,6 +127,12 @@ impl Node {
             link: peer.as_ref().map(|peer| self.link_status(peer)),
             peer,
             nbd_clients: entry.clients(),
+            read_only: None,
+            guest_written_bytes: match role {
+                Role::Source => 0,
+                Role::Destination => snapshot.written_blocks * u64::from(record.geometry.block_size.bytes()),
+            },
+            owed: Vec::new(),
             name: record.name,
         }
     }
@@ -143,7 +149,7 @@ impl Node {
             Ownership::Arrived { from, .. } => (Phase::Complete, format!("{from} is yet to hear of it")),
             Ownership::Arriving { .. } if trouble.is_some() => (Phase::Failed, trouble.unwrap_or_default()),
             Ownership::Arriving { is_given_back: true, from, .. } => {
-                (Phase::Connecting, format!("being given back to {from}"))
+                (Phase::GivingBack, format!("being given back to {from}"))
             }
             Ownership::Arriving { is_taken: false, from, .. } => {
                 (Phase::Connecting, format!("waiting for {from} to hand it over"))

@@ -87,6 +87,9 @@ impl Node {
             link: peer.as_ref().map(|peer| self.link_status(peer)),
             peer,
             nbd_clients: 0,
+            read_only: None,
+            guest_written_bytes: 0,
+            owed: Vec::new(),
         }
     }
 }

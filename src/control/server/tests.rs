@@ -15,6 +15,9 @@ fn relocation(peer: &str, volume: &str) -> RelocateRequest {
         image: None,
         bulk: true,
         bulk_rate_bytes_per_s: Some(1000),
+        take: false,
+        overwrite: false,
+        timeout_s: Some(90.5),
     }
 }
 
@@ -55,14 +58,20 @@ async fn the_client_gets_what_the_site_says() {
     let web = client.volume(&name("web-01")).await.expect("web-01");
     assert_eq!((web.role, web.phase, web.hashed_blocks), (Role::Source, Phase::Owned, Some(8192)));
 
-    let add = AddVolume { name: name("x"), image: "/srv/x.raw".into() };
+    let add = AddVolume { name: name("x"), image: "/srv/x.raw".into(), again: false };
     assert_eq!(client.add_volume(&add).await.expect("added").image, Path::new("/srv/x.raw"));
     client.remove_volume(&name("x")).await.expect("removed");
     client.pause(&name("db-01")).await.expect("paused");
     client.resume(&name("db-01")).await.expect("resumed");
     client.limit(&name("db-01"), Some(5)).await.expect("limited");
     client.limit(&name("db-01"), None).await.expect("unlimited");
-    client.cancel(&name("db-01")).await.expect("cancelled");
+    let kept = client.cancel(&name("db-01"), Cancel::default()).await.expect("cancelled").expect("an answer");
+    assert_eq!((kept.discarded_bytes, kept.owner.as_str()), (0, "site-b"));
+    let thrown = client.cancel(&name("db-01"), Cancel { discard_writes: true }).await.expect("cancelled");
+    assert_eq!(thrown.expect("an answer").discarded_bytes, 3 << 16);
+    let reclaimed = client.reclaim(&name("db-01"), Reclaim { epoch: 3 }).await.expect("reclaimed");
+    assert_eq!((reclaimed.epoch, reclaimed.lost.len(), reclaimed.lost_bytes), (4, 1, Some(4096 << 16)));
+    assert_eq!(reclaimed.fenced, Some(name("site-b")));
     assert_eq!(
         daemon.calls(),
         [
@@ -72,7 +81,9 @@ async fn the_client_gets_what_the_site_says() {
             "resume db-01",
             "limit Some(5) db-01",
             "limit None db-01",
-            "cancel db-01"
+            "cancel db-01",
+            "cancel discarding db-01",
+            "reclaim 3 db-01"
         ]
     );
 
@@ -107,8 +118,10 @@ async fn refusals_keep_their_kind_and_advice() {
     let error = refusal(client.volume(&name("none")).await);
     assert_eq!((error.kind, error.message.as_str()), (ErrorKind::NotFound, "there is no volume none"));
     assert_eq!(error.to_string(), "there is no volume none; `blockferry status` lists them");
-    assert_eq!(refusal(client.cancel(&name("precious")).await).kind, ErrorKind::Refused);
-    let add = AddVolume { name: name("web-01"), image: "/x".into() };
+    assert_eq!(refusal(client.cancel(&name("precious"), Cancel::default()).await).kind, ErrorKind::Refused);
+    assert_eq!(refusal(client.reclaim(&name("db-01"), Reclaim { epoch: 2 }).await).kind, ErrorKind::Conflict);
+    assert_eq!(refusal(client.reclaim(&name("none"), Reclaim { epoch: 2 }).await).kind, ErrorKind::NotFound);
+    let add = AddVolume { name: name("web-01"), image: "/x".into(), again: false };
     assert_eq!(refusal(client.add_volume(&add).await).kind, ErrorKind::Conflict);
     assert_eq!(refusal(client.limit(&name("db-01"), Some(0)).await).kind, ErrorKind::Invalid);
     assert_eq!(refusal(client.prewarm_status(JobId(9)).await).kind, ErrorKind::NotFound);
@@ -140,9 +153,29 @@ async fn bad_requests_are_explained_in_json() {
             "invalid",
             "not absolute",
         ),
+        (
+            "POST",
+            "/v1/relocations",
+            "{\"relocations\":[{\"peer\":\"a\",\"volume\":\"b\",\"timeout_s\":0}]}",
+            400,
+            "invalid",
+            "timeout_s is no time",
+        ),
+        (
+            "POST",
+            "/v1/relocations",
+            "{\"relocations\":[{\"peer\":\"a\",\"volume\":\"b\",\"timeout_s\":-1e300}]}",
+            400,
+            "invalid",
+            "timeout_s is no time",
+        ),
         ("POST", "/v1/prewarms", "{\"images\":[]}", 400, "invalid", "nothing in images"),
         ("GET", "/v1/prewarms/x", "", 400, "invalid", "is no job"),
         ("POST", "/v1/volumes/db-01/limit", "{\"bytes_per_s\":-1}", 400, "invalid", "not as expected"),
+        ("POST", "/v1/volumes/db-01/cancel", "{\"discard\":true}", 400, "invalid", "unknown field `discard`"),
+        ("POST", "/v1/volumes/db-01/cancel", "{\"discard_writes\":1}", 400, "invalid", "not as expected"),
+        ("POST", "/v1/volumes/db-01/reclaim", "", 400, "invalid", "not as expected"),
+        ("POST", "/v1/volumes/db-01/reclaim", "{}", 400, "invalid", "missing field `epoch`"),
     ] {
         if kind.is_empty() {
             // Bytes that are no text never reach a handler; axum answers in plain words.
