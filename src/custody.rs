@@ -97,6 +97,7 @@ enum Message {
     Told { verb: Verb, slot: Operator },
     Asked { ticket: Ticket, peer: Name, is_granted: bool, question: Question, slot: Peer },
     Plain(Input),
+    Settled(oneshot::Sender<()>),
 }
 
 /// Somebody who waits, and must be told: dropping it tells that the site failed.
@@ -148,7 +149,12 @@ impl Custody {
     ) -> (Custody, Arc<K>) {
         let (inbox, messages) = mpsc::unbounded_channel();
         let view = Arc::new(Mutex::new(View::of(&machine)));
-        let custody = Custody { inbox, view: Arc::clone(&view), next_ticket: Arc::new(AtomicU32::new(1)) };
+        let custody = Custody {
+            inbox,
+            view: Arc::clone(&view),
+            // 0 is nobody's.
+            next_ticket: Arc::new(AtomicU32::new(1)),
+        };
         let keeper = made(&custody);
         let task = Task {
             machine,
@@ -189,6 +195,13 @@ impl Custody {
         let ticket = Ticket(self.next_ticket.fetch_add(1, Ordering::Relaxed));
         self.send(Message::Asked { ticket, peer, is_granted, question, slot });
         Asked { answer, hung: Some((self.inbox.clone(), ticket)) }
+    }
+
+    /// Returns when everything that was sent before has been seen to, what was to be done first included.
+    pub async fn settled(&self) {
+        let (reply, settled) = oneshot::channel();
+        self.send(Message::Settled(reply));
+        let _ = settled.await;
     }
 
     /// Every block is here, durably.
@@ -302,6 +315,11 @@ impl Task {
     fn take(&mut self, message: Message) -> Input {
         match message {
             Message::Plain(input) => input,
+            Message::Settled(reply) => {
+                let _ = reply.send(());
+                // Nothing happened; what is not journalled has its own clock.
+                Input::Hung(Ticket(0))
+            }
             Message::Begin { take, timeout, slot } => {
                 self.deadline = Some(Instant::now() + timeout);
                 Input::Begin(self.keep(Waiting::Operator(slot)), take)

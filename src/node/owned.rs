@@ -1,16 +1,19 @@
-//! Volumes all of which are here: added, restored after a restart, removed. Must not know fetching.
+//! Volumes all of which are here: added, opened after a restart, offered to peers. Must not know fetching.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use super::record::{Ownership, RecordError, VolumeRecord};
-use super::{Entry, Node};
+use super::entry::{Disk, Entry};
+use super::record::{Pace, RecordError, VERSION, VolumeRecord};
+use super::refusal::api_error;
+use super::{Node, random};
 use crate::control::{AddVolume, ApiError, ErrorKind};
-use crate::core::ids::Name;
+use crate::core::ids::{Incarnation, Name};
 use crate::core::manifest::Geometry;
-use crate::image::{Image, ImageError};
+use crate::handover::{Epoch, Generation, Held, Machine, State, Verb};
+use crate::image::{Image, Unlinked};
 use crate::source::{Manifest, SourceError, SourceVolume};
-use crate::volume::{Volume, VolumeParts, WriteObserver};
+use crate::volume::{Volume, WriteObserver};
 
 impl WriteObserver for SourceVolume {
     fn note_write(&self, bytes: std::ops::Range<u64>) -> Result<(), String> {
@@ -19,153 +22,217 @@ impl WriteObserver for SourceVolume {
 }
 
 impl Node {
-    /// A record in the journal and then in memory.
-    pub(super) fn save(&self, entry: &Entry, record: VolumeRecord) -> Result<(), RecordError> {
-        self.records.save(&record)?;
-        *entry.record.lock() = record;
-        Ok(())
-    }
-
     /// Takes an image into ownership.
     pub(super) async fn add_owned(self: &Arc<Self>, add: AddVolume) -> Result<(), ApiError> {
         let _reserved = self.reserve(&add.name)?;
+        self.failures.lock().remove(&add.name);
         // First: the lock on the image would only say that somebody has it.
         self.refuse_shared_image(&add.name, &add.image)?;
-        let image = open_image(&add.image)
-            .map_err(|error| ApiError::new(ErrorKind::Invalid, format!("volume {}: {error}", add.name), ""))?;
-        let block_size = u64::from(self.config.store.block_size.bytes());
-        let geometry = Geometry::new(image.size_bytes(), block_size)
-            .map_err(|error| ApiError::new(ErrorKind::Invalid, format!("volume {}: {error}", add.name), ""))?;
-        let mut record = VolumeRecord::new(add.name.clone(), add.image, geometry, 1, Ownership::Owned);
-        // Another image under the same name must never pass for this one.
-        record.generation = random_generation();
         let internal = |error: String| ApiError::new(ErrorKind::Internal, format!("volume {}: {error}", add.name), "");
-        let entry = self.make_complete(record.clone(), image, true).map_err(|error| internal(format!("{error:#}")))?;
-        self.records.save(&record).map_err(|error| internal(error.to_string()))?;
-        self.volumes.lock().insert(add.name.clone(), entry);
-        tracing::info!(volume = %add.name, size_bytes = geometry.size_bytes, "a volume is served");
+        let left = self.records.left(&add.name).map_err(|error| internal(error.to_string()))?;
+        if let Some(to) = left.as_ref().and_then(|left| left.to.as_ref()).filter(|_| !add.again) {
+            return Err(ApiError::new(
+                ErrorKind::Refused,
+                format!("volume {}: a volume of this name left for {to}, and may be written there", add.name),
+                "if this image is to be served under the name all the same, say --again",
+            ));
+        }
+        let node = Arc::clone(self);
+        let (name, again) = (add.name.clone(), add.again);
+        let added = tokio::task::spawn_blocking(move || node.make_owned(add, left.map(|left| left.epoch))).await;
+        let entry = added.map_err(|error| internal(error.to_string()))??;
+        entry.custody().settled().await;
+        self.volumes.lock().insert(name.clone(), entry);
+        tracing::info!(volume = %name, again, "a volume is served");
         Ok(())
     }
 
-    /// Brings a journalled volume back.
-    pub(super) async fn restore(self: &Arc<Self>, record: VolumeRecord) -> anyhow::Result<()> {
-        let name = record.name.clone();
-        let entry = match &record.state {
-            Ownership::Owned | Ownership::Arrived { .. } => {
-                let image = open_image(&record.image)?;
-                self.check_size(&record, &image)?;
-                let entry = self.make_complete(record.clone(), image, true)?;
-                if let Ownership::Arrived { from, is_released: false } = &record.state {
-                    self.tell_source_later(&entry, from.clone(), record.epoch);
-                }
-                entry
-            }
-            Ownership::Released { .. } => {
-                let image = open_image(&record.image)?;
-                self.check_size(&record, &image)?;
-                self.make_complete(record.clone(), image, false)?
-            }
-            Ownership::Arriving { .. } => self.restore_arriving(record)?,
+    fn make_owned(self: &Arc<Self>, add: AddVolume, left_at: Option<Epoch>) -> Result<Arc<Entry>, ApiError> {
+        let invalid = |error: String| ApiError::new(ErrorKind::Invalid, format!("volume {}: {error}", add.name), "");
+        let internal = |error: String| ApiError::new(ErrorKind::Internal, format!("volume {}: {error}", add.name), "");
+        let image = Image::open_best(&add.image).map_err(|error| invalid(error.to_string()))?;
+        let block_size = u64::from(self.config.store.block_size.bytes());
+        let geometry = Geometry::new(image.size_bytes(), block_size).map_err(|error| invalid(error.to_string()))?;
+        // Two ahead of what was seen: what is still on its way about the earlier volume speaks of the epoch between them at most.
+        let epoch = left_at.map_or(Epoch::FIRST, |epoch| epoch.next().next());
+        let record = VolumeRecord {
+            version: VERSION,
+            name: add.name.clone(),
+            image: add.image,
+            geometry,
+            incarnation: Incarnation(random()),
+            // Another image under the same name must never pass for this one.
+            generation: Generation(u64::from_le_bytes(random::<8>()) >> 1),
+            held: Held { epoch, state: State::Owned, came: None },
+            source_generation: None,
+            pace: Pace::default(),
+            is_made: false,
+            is_read_only: false,
+            noted: image.identity().ok(),
         };
+        let entry = self.make_complete(record.clone(), image).map_err(|error| internal(format!("{error:#}")))?;
+        self.records.save(&record).map_err(|error| internal(error.to_string()))?;
+        if let Some(why) = self.is_read_only(&entry) {
+            tracing::warn!(volume = %record.name, why, "the volume is read-only");
+        }
+        let (machine, first) = Machine::restore(record.held);
+        entry.start(machine, first);
+        Ok(entry)
+    }
+
+    /// Brings a journalled volume back. What needs no image goes on without one.
+    pub(super) async fn restore(self: &Arc<Self>, record: VolumeRecord) {
+        let name = record.name.clone();
+        let opened = match &record.held.state {
+            State::Asking { .. } => Err(anyhow::anyhow!("the relocation is being withdrawn")),
+            _ => {
+                let (node, record) = (Arc::clone(self), record.clone());
+                let opened = tokio::task::spawn_blocking(move || node.open(record)).await;
+                opened.unwrap_or_else(|error| Err(anyhow::anyhow!("{error}")))
+            }
+        };
+        let entry = opened.unwrap_or_else(|error| {
+            tracing::error!(volume = %name, error = format!("{error:#}"), "a volume cannot be served; the others are");
+            Entry::new(self, record.clone(), Disk::Shut(format!("{error:#}")))
+        });
+        let (machine, first) = Machine::restore(record.held.clone());
+        entry.start(machine, first);
+        if let Some(came) = &record.held.came
+            && self.records.instance_for(&came.from).is_ok_and(|instance| instance.is_doubted)
+        {
+            entry.custody().doubt(true);
+        }
+        entry.custody().settled().await;
+        if let Some(why) = self.is_read_only(&entry) {
+            tracing::warn!(volume = %name, why, "the volume is read-only");
+        }
         self.volumes.lock().insert(name, entry);
-        Ok(())
+    }
+
+    /// Opens what a record speaks of. Blocking.
+    fn open(self: &Arc<Self>, record: VolumeRecord) -> anyhow::Result<Arc<Entry>> {
+        if !record.held.state.is_complete() {
+            return self.open_arriving(record);
+        }
+        let image = self.open_known(&record)?;
+        self.make_complete(record, image)
+    }
+
+    /// The image of a record, which must be the one that it was. Blocking.
+    pub(super) fn open_known(&self, record: &VolumeRecord) -> anyhow::Result<Image> {
+        let is_released = matches!(record.held.state, State::Released { .. });
+        let image = Image::open_known(&record.image, record.geometry.size_bytes, record.noted.as_ref(), is_released)?;
+        Ok(image)
     }
 
     /// Stops serving a volume that nobody depends on. Its image stays.
     pub(super) async fn remove_owned(&self, name: &Name) -> Result<(), ApiError> {
-        if let Some(removed) = self.remove_unserved(name) {
-            return removed;
+        let custody = self.known(name)?.custody().clone();
+        // A task of its own: it ends, whoever waits for it.
+        match tokio::spawn(async move { custody.tell(Verb::Remove).await }).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(no)) => Err(api_error(name, &no)),
+            Err(error) => Err(ApiError::new(ErrorKind::Internal, error.to_string(), "")),
         }
-        let entry = self.served(name)?;
-        let _turn = entry.turn.lock().await;
-        may_remove(name, &entry.record.lock().state)?;
-        if entry.clients() > 0 {
-            return Err(ApiError::new(
-                ErrorKind::Conflict,
-                format!("volume {name} is in use by {} NBD clients", entry.clients()),
-                "disconnect them first",
-            ));
-        }
-        let internal = |error: String| ApiError::new(ErrorKind::Internal, format!("volume {name}: {error}"), "");
-        let was_owner = entry.volume.is_owner();
-        let fenced = entry.volume.fence().await.map_err(|error| error.to_string());
-        if let Err(why) = fenced.and_then(|()| self.records.delete(name).map_err(|error| error.to_string())) {
-            if was_owner {
-                entry.volume.unfence();
-            }
-            return Err(internal(why));
-        }
-        let _ = entry.stop.send(true);
-        self.volumes.lock().remove(name);
-        Ok(())
     }
 
     /// A volume all of which is in its image, ready to be a source.
-    pub(super) fn make_complete(
-        &self,
-        record: VolumeRecord,
-        image: Image,
-        is_owner: bool,
-    ) -> anyhow::Result<Arc<Entry>> {
-        let volume = Arc::new(Volume::complete(VolumeParts {
-            name: record.name.clone(),
-            image: Arc::new(image),
-            geometry: record.geometry,
-            state: Arc::clone(&self.state),
-            workers: self.disk_workers.clone(),
-            is_owner,
-        }));
-        let entry = Entry::new(record, volume);
+    fn make_complete(self: &Arc<Self>, record: VolumeRecord, image: Image) -> anyhow::Result<Arc<Entry>> {
+        // Whether a guest has written since it came decides whether it can be given back.
+        let has_way_back = record.held.came.as_ref().is_some_and(|came| came.epoch == record.held.epoch);
+        let volume = Arc::new(Volume::complete(self.parts(&record, image), has_way_back)?);
+        let entry = Entry::new(self, record, Disk::Open(volume, None));
         self.renew_source(&entry)?;
         Ok(entry)
     }
 
     /// Makes (anew) what peers fetch from, of an image that no guest writes at this moment.
     pub(super) fn renew_source(&self, entry: &Entry) -> Result<(), SourceError> {
-        let record = entry.record.lock().clone();
-        let image = Arc::clone(entry.volume.image());
-        let is_released = matches!(record.state, Ownership::Released { .. });
-        let manifest = Manifest::open(record.name, image, record.geometry, Arc::clone(&self.state), is_released)?;
-        self.set_source(entry, Arc::new(manifest));
+        let Ok(volume) = entry.volume() else { return Ok(()) };
+        let record = entry.record();
+        let image = Arc::clone(volume.image());
+        let is_released = matches!(record.held.state, State::Released { .. });
+        let manifest = Manifest::open(
+            record.name,
+            record.incarnation,
+            image,
+            record.geometry,
+            Arc::clone(&self.state),
+            is_released,
+        )?;
+        self.set_source(entry, &volume, Arc::new(manifest));
         Ok(())
     }
 
-    /// As [`Node::renew_source`] while guests write. Blocks until the writes that nobody noted have ended: what was
-    /// looked at before that would be believed for ever.
-    pub(super) fn begin_source(&self, entry: &Entry) -> Result<(), SourceError> {
-        let record = entry.record.lock().clone();
-        let image = Arc::clone(entry.volume.image());
-        let manifest = Manifest::open_written(record.name, image, record.geometry, Arc::clone(&self.state))?;
-        self.set_source(entry, Arc::new(manifest));
+    /// All of a volume is here now: peers may fetch it, while guests write it. Blocks until the writes that nobody noted have ended: what
+    /// was looked at before that would be believed for ever.
+    pub(super) fn offer(&self, entry: &Entry) -> Result<(), String> {
+        let volume = entry.volume()?;
+        if let Some(manifest) = entry.source.lock().as_ref().map(|source| Arc::clone(&source.manifest)) {
+            // Of a volume that was a source before, and is one again.
+            self.set_source(entry, &volume, manifest);
+            return Ok(());
+        }
+        volume.forget_journal().map_err(|error| error.to_string())?;
+        let record = entry.record();
+        let image = Arc::clone(volume.image());
+        let manifest =
+            Manifest::open_written(record.name, record.incarnation, image, record.geometry, Arc::clone(&self.state));
+        self.set_source(entry, &volume, Arc::new(manifest.map_err(|error| error.to_string())?));
+        if let Some(key) = entry.key() {
+            self.fetch.close(key);
+        }
         Ok(())
     }
 
     /// After a change of ownership the generation is another; the manifest is still right, and two that keep rows of
     /// one image would not see each other's writes.
-    pub(super) fn renew_generation(&self, entry: &Entry) -> Result<(), SourceError> {
+    pub(super) fn renew_generation(&self, entry: &Entry) {
         let kept = entry.source.lock().as_ref().map(|source| Arc::clone(&source.manifest));
-        match kept {
-            Some(manifest) => {
-                self.set_source(entry, manifest);
-                Ok(())
-            }
-            None => self.renew_source(entry),
+        if let (Some(manifest), Ok(volume)) = (kept, entry.volume()) {
+            self.set_source(entry, &volume, manifest);
         }
     }
 
-    fn set_source(&self, entry: &Entry, manifest: Arc<Manifest>) {
-        let record = entry.record.lock().clone();
+    fn set_source(&self, entry: &Entry, volume: &Volume, manifest: Arc<Manifest>) {
+        let record = entry.record();
         let source = Arc::new(SourceVolume {
             name: record.name,
-            image: Arc::clone(entry.volume.image()),
+            image: Arc::clone(volume.image()),
             geometry: record.geometry,
             manifest,
-            generation: record.generation,
+            generation: record.generation.0,
         });
         // Before anything is hashed.
-        entry.volume.set_observer(Some(Arc::clone(&source) as Arc<dyn WriteObserver>));
+        volume.set_observer(Some(Arc::clone(&source) as Arc<dyn WriteObserver>));
         self.hasher.hash_in_background(&source);
         *entry.source.lock() = Some(source);
+    }
+
+    /// Whether a guest's write was acknowledged, by what is journalled: of a volume whose image cannot be opened.
+    pub(super) fn was_written(&self, record: &VolumeRecord) -> Result<bool, crate::volume::VolumeError> {
+        crate::volume::was_written(&*self.state, &record.name, record.incarnation, record.geometry)
+    }
+
+    /// Deletes the file that was made for a volume, and no other that has its name by now.
+    pub(super) fn delete_made(&self, record: &VolumeRecord, volume: Option<&Volume>) {
+        if !record.is_made {
+            return;
+        }
+        let deleted = match (volume, &record.noted) {
+            (Some(volume), _) if volume.image().was_made() => volume.image().unlink_if_ours(),
+            (_, Some(identity)) => Image::unlink_known(&record.image, identity),
+            (_, None) => return,
+        };
+        match deleted {
+            Ok(Unlinked::Done) => {}
+            Ok(other) => {
+                tracing::warn!(volume = %record.name, image = %record.image.display(), ?other, "the file of a volume that was given up is left over");
+            }
+            Err(error) => {
+                tracing::warn!(volume = %record.name, %error, "the file of a volume that was given up is left over");
+            }
+        }
     }
 
     /// Keeps a name from being taken twice at the same time.
@@ -177,17 +244,23 @@ impl Node {
                 format!("see `blockferry status {name}`; `volume remove` or `cancel` ends it"),
             ));
         }
-        Ok(Reserved { node: Arc::clone(self), name: name.clone() })
+        // It may have come in between.
+        let reserved = Reserved { node: Arc::clone(self), name: name.clone() };
+        match self.entry(name) {
+            None => Ok(reserved),
+            Some(_) => self.reserve(name),
+        }
     }
 
-    fn refuse_shared_image(&self, name: &Name, image: &Path) -> Result<(), ApiError> {
+    pub(super) fn refuse_shared_image(&self, name: &Name, image: &Path) -> Result<(), ApiError> {
         let canonical = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let wanted = canonical(image);
-        for (other, entry) in self.volumes.lock().iter() {
-            if canonical(&entry.record.lock().image) == wanted {
+        let entries: Vec<_> = self.volumes.lock().values().cloned().collect();
+        for entry in entries {
+            if canonical(&entry.record().image) == wanted {
                 return Err(ApiError::new(
                     ErrorKind::Conflict,
-                    format!("volume {name}: image {} is volume {other} already", image.display()),
+                    format!("volume {name}: image {} is volume {} already", image.display(), entry.name),
                     "one image is one volume",
                 ));
             }
@@ -195,20 +268,31 @@ impl Node {
         Ok(())
     }
 
-    pub(super) fn check_size(&self, record: &VolumeRecord, image: &Image) -> anyhow::Result<()> {
-        // A block device may be larger than the volume that it holds.
-        let fits = if image.is_block_device() {
-            image.size_bytes() >= record.geometry.size_bytes
-        } else {
-            image.size_bytes() == record.geometry.size_bytes
-        };
-        anyhow::ensure!(
-            fits,
-            "image {} has {} bytes now, the volume has {}; put the right image back, or remove the volume's record",
-            record.image.display(),
-            image.size_bytes(),
-            record.geometry.size_bytes
-        );
+    /// A volume that has a record here, served or not.
+    pub(super) fn known(&self, name: &Name) -> Result<Arc<Entry>, ApiError> {
+        self.entry(name).ok_or_else(|| match self.failures.lock().get(name) {
+            Some(error) => error.clone(),
+            None => ApiError::new(
+                ErrorKind::NotFound,
+                format!("there is no volume {name} here"),
+                "`blockferry volume list` shows what there is",
+            ),
+        })
+    }
+
+    /// A volume is gone: its name is free.
+    pub(super) fn forget(&self, entry: &Arc<Entry>) {
+        let mut volumes = self.volumes.lock();
+        if volumes.get(&entry.name).is_some_and(|there| Arc::ptr_eq(there, entry)) {
+            volumes.remove(&entry.name);
+        }
+    }
+
+    /// Rows about volumes that no record speaks of: whoever wrote them came too late.
+    pub(super) fn forget_strangers(&self, records: &[VolumeRecord]) -> Result<(), RecordError> {
+        let known: Vec<Incarnation> = records.iter().map(|record| record.incarnation).collect();
+        crate::volume::forget_strangers(&*self.state, &known)?;
+        crate::source::forget_strangers(&*self.state, &known)?;
         Ok(())
     }
 }
@@ -222,61 +306,5 @@ pub(super) struct Reserved {
 impl Drop for Reserved {
     fn drop(&mut self) {
         self.node.reserved.lock().remove(&self.name);
-    }
-}
-
-/// Whether nobody depends on a volume's being served here.
-pub(super) fn may_remove(name: &Name, state: &Ownership) -> Result<(), ApiError> {
-    match state {
-        Ownership::Released { to, is_completed: false } => Err(ApiError::new(
-            ErrorKind::Refused,
-            format!("volume {name} still holds blocks that {to} has not fetched"),
-            format!("wait until {to} says that it is complete, or cancel the relocation there"),
-        )),
-        Ownership::Arriving { .. } => Err(ApiError::new(
-            ErrorKind::Refused,
-            format!("volume {name} is still arriving"),
-            format!("wait until it is complete, or run `blockferry cancel {name}`"),
-        )),
-        Ownership::Arrived { from, is_released: false } => Err(ApiError::new(
-            ErrorKind::Conflict,
-            format!("volume {name} is complete, but {from} has not been told yet"),
-            format!("try again when {from} can be reached"),
-        )),
-        Ownership::Owned | Ownership::Released { .. } | Ownership::Arrived { .. } => Ok(()),
-    }
-}
-
-/// For writing where that is allowed, for reading otherwise: a template on a read-only disk can be a source, too.
-fn open_image(path: &Path) -> Result<Image, ImageError> {
-    match Image::open_write(path) {
-        Err(ImageError::Unreadable { source, .. })
-            if matches!(
-                source.kind(),
-                std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
-            ) =>
-        {
-            Image::open_read(path)
-        }
-        opened => opened,
-    }
-}
-
-pub(super) fn no_such_volume(name: &Name) -> ApiError {
-    ApiError::new(
-        ErrorKind::NotFound,
-        format!("there is no volume {name} here"),
-        "`blockferry volume list` shows what there is",
-    )
-}
-
-/// A first generation that no other image ever had; room is left to count on from it.
-fn random_generation() -> u64 {
-    use ring::rand::SecureRandom;
-    let mut bytes = [0; 8];
-    match ring::rand::SystemRandom::new().fill(&mut bytes) {
-        Ok(()) => u64::from_le_bytes(bytes) >> 1,
-        // No entropy: nanoseconds do nearly as well.
-        Err(_) => std::time::UNIX_EPOCH.elapsed().map_or(1, |now| now.as_nanos() as u64 >> 1),
     }
 }

@@ -6,13 +6,15 @@ mod manifest;
 mod queue;
 mod session;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
 
-use crate::core::ids::{BlockIndex, Name};
+use crate::core::ids::{BlockIndex, Name, Nonce};
 use crate::core::manifest::Geometry;
 use crate::core::wire::Refusal;
+use crate::handover::{Answer, Question};
 use crate::image::{Image, ImageError};
 
 pub use hasher::Hasher;
@@ -34,20 +36,29 @@ pub struct SourceVolume {
     pub generation: u64,
 }
 
-/// A refusal with its explanation for the peer.
-pub type Refused = (Refusal, String);
+/// A refusal for the peer: why, the epoch that holds here (0: none), and words.
+pub type Refused = (Refusal, u64, String);
 
-/// What the source asks of the site: who may have what, and who owns it. Implemented where all is put together.
+/// A volume that a peer may fetch.
+#[derive(Clone, Debug)]
+pub struct Offered {
+    /// Where its blocks come from.
+    pub source: Arc<SourceVolume>,
+    /// The epoch that holds here.
+    pub epoch: u64,
+    /// Whether its guests may only read it.
+    pub is_read_only: bool,
+}
+
+/// What a session asks of the site: who may have what, and who owns it. Implemented where all is put together.
 pub trait Catalog: Send + Sync + 'static {
-    /// The volume and the epoch at which this site owns it, if `peer` was granted it.
-    fn open(&self, peer: &Name, volume: &Name) -> Result<(Arc<SourceVolume>, u64), Refused>;
-    /// Moves ownership to `peer`: no write is admitted from here on, those under way have ended and are durable, and the new
-    /// epoch is journalled, before this returns. Asking again gives the same answer.
-    fn take_over<'a>(&'a self, peer: &'a Name, volume: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>>;
-    /// The peer has every block: the volume is released.
-    fn completed<'a>(&'a self, peer: &'a Name, volume: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>>;
-    /// The peer gives the volume back unwritten.
-    fn give_back<'a>(&'a self, peer: &'a Name, volume: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>>;
+    /// The volume, if `peer` may have it.
+    fn open(&self, peer: &Name, volume: &Name) -> Result<Offered, Refused>;
+    /// A question about who owns a volume. It counts as asked when this returns, so that questions are handled in the order in which they
+    /// came; the answer follows. Dropping that tells that nobody waits any more.
+    fn ask(&self, peer: &Name, volume: &Name, question: Question) -> BoxFuture<'static, Answer>;
+    /// A peer says which instance it is; why it is turned away, if it is not the one that was here.
+    fn greet(&self, peer: &Name, address: Option<SocketAddr>, last: Nonce, next: Nonce) -> Result<(), String>;
 }
 
 /// Why a source could not answer.
