@@ -13,8 +13,8 @@ use tokio::time::Instant;
 use super::lanes::StoreLanes;
 use super::link::Arrived;
 use super::{
-    Ask, BULK_BUDGET_KIB, Block, Budgeted, Command, Expected, FetchError, Heard, Origin, PeerKey, PeerView, Remote, Reply,
-    VolumeKey, Waiting as WaitingFor,
+    Ask, BULK_BUDGET_KIB, Block, Budgeted, Command, Expected, FetchError, Heard, Origin, PeerKey, PeerView, Remote,
+    Reply, VolumeKey, Waiting as WaitingFor,
 };
 use crate::core::frame::Frame;
 use crate::core::ids::{BlockId, Class, Name};
@@ -437,9 +437,7 @@ impl Actor {
 
     /// Whether this peer was sent the question of this number on the present connection.
     fn is_asked(&self, peer: PeerKey, number: u64) -> bool {
-        self.questions.get(&number).is_some_and(|question| {
-            question.is_sent && self.peer_of(question.to) == Some(peer)
-        })
+        self.questions.get(&number).is_some_and(|question| question.is_sent && self.peer_of(question.to) == Some(peer))
     }
 
     fn after_open(&mut self, key: PeerKey) {
@@ -760,7 +758,8 @@ impl Actor {
                 let _ = waiting.reply.send(Err(FetchError::Gone));
             }
         }
-        let gone: Vec<u64> = self.questions.iter().filter(|(_, q)| q.to == To::Volume(key)).map(|(number, _)| *number).collect();
+        let gone: Vec<u64> =
+            self.questions.iter().filter(|(_, q)| q.to == To::Volume(key)).map(|(number, _)| *number).collect();
         for number in gone {
             if let Some(question) = self.questions.remove(&number) {
                 question.what.fail(FetchError::Gone);

@@ -48,9 +48,8 @@ impl Catalog for Node {
             return Err((Refusal::Busy, epoch, why));
         }
         let source = entry.source.lock().clone();
-        let source = source.ok_or_else(|| {
-            (Refusal::Busy, epoch, format!("volume {volume} is being prepared; try again"))
-        })?;
+        let source =
+            source.ok_or_else(|| (Refusal::Busy, epoch, format!("volume {volume} is being prepared; try again")))?;
         Ok(Offered { source, epoch, is_read_only: self.is_read_only(&entry).is_some() })
     }
 

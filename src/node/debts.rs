@@ -146,7 +146,11 @@ mod tests {
         let debt = debt();
         assert_eq!(outcome(&debt, &Answer::Done(Epoch(2))), Outcome::Settled);
         assert_eq!(outcome(&debt, &refused(None, Refusal::UnknownVolume)), Outcome::Settled);
-        assert_eq!(outcome(&debt, &refused(Some(Epoch(3)), Refusal::NotOwner)), Outcome::Settled, "it holds anew there");
+        assert_eq!(
+            outcome(&debt, &refused(Some(Epoch(3)), Refusal::NotOwner)),
+            Outcome::Settled,
+            "it holds anew there"
+        );
         let reclaimed = Epoch(2).reclaimed();
         assert_eq!(outcome(&debt, &refused(Some(reclaimed), Refusal::Reclaimed)), Outcome::Overruled(reclaimed));
         for refusal in [Refusal::Busy, Refusal::Internal, Refusal::NotOwner, Refusal::ShuttingDown] {

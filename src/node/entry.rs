@@ -17,7 +17,6 @@ use crate::core::wire::Refusal;
 use crate::custody::{Custody, Keeper};
 use crate::fetch::{FetchError, VolumeKey};
 use crate::handover::{Answer, Epoch, Facts, No, Question, Row};
-use crate::image::ImageError;
 use crate::source::{SourceError, SourceVolume};
 use crate::volume::{Volume, VolumeError, run_bulk};
 
@@ -53,6 +52,8 @@ pub(crate) struct Entry {
     /// What is wrong, for people.
     pub(super) trouble: Mutex<Option<String>>,
     pub(super) rate: RateMeter,
+    /// Whether it is noted what the image holds: gone before the first write.
+    pub(super) is_marked: Arc<AtomicBool>,
     custody: OnceLock<Custody>,
 }
 
@@ -80,6 +81,7 @@ impl Entry {
             copying: Mutex::default(),
             trouble: Mutex::new(None),
             rate: RateMeter::default(),
+            is_marked: Arc::default(),
             custody: OnceLock::new(),
         })
     }
@@ -198,8 +200,13 @@ impl Entry {
             return Ok(());
         }
         let source = self.source.lock().clone().ok_or(No::NoImage)?;
-        let at_rest = Arc::clone(&source);
-        let rested = tokio::task::spawn_blocking(move || rest(&at_rest)).await;
+        let Some((entry, node)) = self.strong() else { return Err(No::ShuttingDown) };
+        let rested = tokio::task::spawn_blocking(move || {
+            source.manifest.release()?;
+            node.mark(&entry);
+            Ok::<(), SourceError>(())
+        })
+        .await;
         match rested.map_err(|error| No::Failed(Refusal::Internal, error.to_string()))? {
             Ok(()) => Ok(()),
             Err(error) => {
@@ -252,18 +259,6 @@ impl Entry {
             pause = (pause * 2).min(ASK_AGAIN[1]);
         }
     }
-}
-
-/// Before the hand-over, not after it: an image that is not what was announced must not take the owner along. Blocking.
-fn rest(source: &SourceVolume) -> Result<(), SourceError> {
-    if let Some(stamp) = source.image.stamp()?
-        && stamp.size_bytes < source.geometry.size_bytes
-    {
-        let (path, announced_bytes) = (source.image.path().to_owned(), source.geometry.size_bytes);
-        return Err(ImageError::Shorter { path, offset: stamp.size_bytes, announced_bytes }.into());
-    }
-    source.manifest.check_unchanged()?;
-    source.manifest.seal()
 }
 
 impl Keeper for Entry {
@@ -331,7 +326,8 @@ impl Keeper for Entry {
         let volume = self.volume();
         Box::pin(async move {
             let volume = volume.map_err(|_| No::NoImage)?;
-            let filled = volume.fill_absent().await.map_err(|error| No::Failed(Refusal::Internal, error.to_string()))?;
+            let filled =
+                volume.fill_absent().await.map_err(|error| No::Failed(Refusal::Internal, error.to_string()))?;
             tracing::warn!(volume = %volume.name(), bytes = filled, "what never arrived was given up: it reads as zeros from now on");
             Ok(())
         })
@@ -383,7 +379,8 @@ impl Keeper for Entry {
             let volume = match disk {
                 Disk::Open(volume, key) => {
                     // After this, whoever still holds it reads nothing, writes nothing and leaves no row.
-                    volume.close().await;
+                    volume.close();
+                    volume.closed().await;
                     if let Some(key) = key {
                         node.fetch.close(key);
                     }

@@ -33,8 +33,8 @@ use crate::control::{ApiError, ControlServer, Site};
 use crate::core::ids::{Incarnation, Name};
 use crate::core::scheduler::Limits;
 use crate::fetch::{Fetch, Heard, PeerKey, VolumeKey, Waiting};
-use crate::nbd::{NbdLimits, NbdListener, NbdServer};
 use crate::handover::{Answer, Epoch, Question, State as Ownership};
+use crate::nbd::{NbdLimits, NbdListener, NbdServer};
 use crate::source::{Hasher, SourceOptions, serve_link};
 use crate::store::{RocksStore, State, StateDb, Store, StoreOptions};
 use crate::transport::{Endpoint, EndpointOptions, Identity, KeepConnected, PeerTarget, Trust, keep_connected};
@@ -329,6 +329,9 @@ impl Node {
             {
                 tracing::warn!(volume = %entry.name, %error, "the image will be hashed again after the restart");
             }
+            // Nothing is written any more: whatever lies there at the next start is compared with this.
+            volume.bar();
+            self.mark(entry);
         }
         self.links.lock().clear();
         self.endpoint.close("the site is shutting down");

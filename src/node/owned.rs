@@ -2,21 +2,36 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::entry::{Disk, Entry};
-use super::record::{Pace, RecordError, VERSION, VolumeRecord};
+use super::record::{Pace, RecordError, Records, VERSION, VolumeRecord};
 use super::refusal::api_error;
 use super::{Node, random};
 use crate::control::{AddVolume, ApiError, ErrorKind};
 use crate::core::ids::{Incarnation, Name};
 use crate::core::manifest::Geometry;
 use crate::handover::{Epoch, Generation, Held, Machine, State, Verb};
-use crate::image::{Image, Unlinked};
+use crate::image::{Image, Mark, Noted, Unlinked, Verdict};
 use crate::source::{Manifest, SourceError, SourceVolume};
 use crate::volume::{Volume, WriteObserver};
 
-impl WriteObserver for SourceVolume {
+/// Told of every write to a volume all of which is here: its ids are forgotten, and what it held at rest.
+struct Observer {
+    manifest: Arc<Manifest>,
+    records: Records,
+    incarnation: Incarnation,
+    /// Whether a mark is noted: looked at by every write.
+    is_marked: Arc<AtomicBool>,
+}
+
+impl WriteObserver for Observer {
     fn note_write(&self, bytes: std::ops::Range<u64>) -> Result<(), String> {
+        if self.is_marked.load(Ordering::Acquire) {
+            // Durable before the write. Two at once delete it twice.
+            self.records.note_mark(self.incarnation, None).map_err(|error| error.to_string())?;
+            self.is_marked.store(false, Ordering::Release);
+        }
         self.manifest.note_write(bytes).map_err(|error| error.to_string())
     }
 }
@@ -72,6 +87,7 @@ impl Node {
         };
         let entry = self.make_complete(record.clone(), image).map_err(|error| internal(format!("{error:#}")))?;
         self.records.save(&record).map_err(|error| internal(error.to_string()))?;
+        self.mark(&entry);
         if let Some(why) = self.is_read_only(&entry) {
             tracing::warn!(volume = %record.name, why, "the volume is read-only");
         }
@@ -110,19 +126,52 @@ impl Node {
     }
 
     /// Opens what a record speaks of. Blocking.
-    fn open(self: &Arc<Self>, record: VolumeRecord) -> anyhow::Result<Arc<Entry>> {
+    fn open(self: &Arc<Self>, mut record: VolumeRecord) -> anyhow::Result<Arc<Entry>> {
         if !record.held.state.is_complete() {
-            return self.open_arriving(record);
+            let entry = self.open_arriving(record)?;
+            // It is written from now on.
+            self.records.note_mark(entry.record().incarnation, None)?;
+            return Ok(entry);
         }
-        let image = self.open_known(&record)?;
-        self.make_complete(record, image)
+        let image = self.open_known(&mut record)?;
+        let is_marked = self.records.mark(record.incarnation)?.is_some();
+        let entry = self.make_complete(record, image)?;
+        entry.is_marked.store(is_marked, Ordering::Release);
+        Ok(entry)
     }
 
     /// The image of a record, which must be the one that it was. Blocking.
-    pub(super) fn open_known(&self, record: &VolumeRecord) -> anyhow::Result<Image> {
-        let is_released = matches!(record.held.state, State::Released { .. });
-        let image = Image::open_known(&record.image, record.geometry.size_bytes, record.noted.as_ref(), is_released)?;
+    pub(super) fn open_known(&self, record: &mut VolumeRecord) -> anyhow::Result<Image> {
+        let image = Image::open_known(&record.image, record.geometry.size_bytes)?;
+        if let Some(identity) = &record.noted {
+            let noted = Noted { identity: identity.clone(), mark: self.records.mark(record.incarnation)? };
+            match image.recognise(&noted)? {
+                Verdict::Same => {}
+                Verdict::SameContent(why) => {
+                    tracing::warn!(volume = %record.name, image = %record.image.display(), why, "the image was moved or copied; it holds what it held");
+                }
+            }
+        }
+        let identity = image.identity()?;
+        if record.noted.as_ref() != Some(&identity) {
+            record.noted = Some(identity);
+            self.records.save(record)?;
+        }
         Ok(image)
+    }
+
+    /// Notes what an image holds that rests, so that another one in its place is noticed. Blocking.
+    pub(super) fn mark(&self, entry: &Entry) {
+        let Ok(volume) = entry.volume() else { return };
+        let record = entry.record();
+        let marked = Mark::take(volume.image(), record.geometry.size_bytes).map_err(|error| error.to_string());
+        let noted = marked.and_then(|mark| {
+            self.records.note_mark(record.incarnation, Some(&mark)).map_err(|error| error.to_string())
+        });
+        match noted {
+            Ok(()) => entry.is_marked.store(true, Ordering::Release),
+            Err(why) => tracing::warn!(volume = %entry.name, why, "what the image holds could not be noted"),
+        }
     }
 
     /// Stops serving a volume that nobody depends on. Its image stays.
@@ -140,7 +189,8 @@ impl Node {
     fn make_complete(self: &Arc<Self>, record: VolumeRecord, image: Image) -> anyhow::Result<Arc<Entry>> {
         // Whether a guest has written since it came decides whether it can be given back.
         let has_way_back = record.held.came.as_ref().is_some_and(|came| came.epoch == record.held.epoch);
-        let volume = Arc::new(Volume::complete(self.parts(&record, image), has_way_back)?);
+        let parts = self.parts(&record, image);
+        let volume = Arc::new(if has_way_back { Volume::arrived(parts)? } else { Volume::complete(parts) });
         let entry = Entry::new(self, record, Disk::Open(volume, None));
         self.renew_source(&entry)?;
         Ok(entry)
@@ -204,7 +254,12 @@ impl Node {
             generation: record.generation.0,
         });
         // Before anything is hashed.
-        volume.set_observer(Some(Arc::clone(&source) as Arc<dyn WriteObserver>));
+        volume.set_observer(Some(Arc::new(Observer {
+            manifest: Arc::clone(&source.manifest),
+            records: self.records.clone(),
+            incarnation: record.incarnation,
+            is_marked: Arc::clone(&entry.is_marked),
+        })));
         self.hasher.hash_in_background(&source);
         *entry.source.lock() = Some(source);
     }
@@ -293,7 +348,7 @@ impl Node {
         let known: Vec<Incarnation> = records.iter().map(|record| record.incarnation).collect();
         crate::volume::forget_strangers(&*self.state, &known)?;
         crate::source::forget_strangers(&*self.state, &known)?;
-        Ok(())
+        self.records.forget_marks_but(&known)
     }
 }
 

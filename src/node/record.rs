@@ -6,6 +6,7 @@
 //! | `vol/NAME` | JSON of [`VolumeRecord`] |
 //! | `left/NAME` | JSON of [`Left`]: what is remembered of a volume that is not here any more |
 //! | `owed/NAME/<epoch, 16 hex digits>/PEER/WHAT` | JSON of [`Debt`]: what a peer is to be told until it answers |
+//! | `mark/INCARNATION` | JSON of [`Mark`]: what the image held when it last rested; gone while it may be written |
 //! | `nonce/in/PEER` | 16 bytes: the instance of the peer that was here last |
 //! | `nonce/out/PEER` | JSON of [`Instance`]: which instance this site is, for this peer |
 
@@ -18,6 +19,7 @@ use super::record_v1;
 use crate::core::ids::{Incarnation, Name, Nonce};
 use crate::core::manifest::Geometry;
 use crate::handover::{Debt, Generation, Held, Left, Owed, Row};
+use crate::image::{Identity, Mark};
 use crate::store::{State, StateBatch, StateError};
 
 /// A volume as journalled.
@@ -47,7 +49,7 @@ pub struct VolumeRecord {
     /// Whether guests may only read it, as at its source.
     pub is_read_only: bool,
     /// What the image was when this site last had it open; None in a row of an earlier version.
-    pub noted: Option<crate::image::Identity>,
+    pub noted: Option<Identity>,
 }
 
 /// The switches of a background copy.
@@ -84,6 +86,7 @@ pub(super) const VERSION: u32 = 2;
 pub(super) const VOLUMES: &[u8] = b"vol/";
 const LEFT: &[u8] = b"left/";
 const OWED: &[u8] = b"owed/";
+const MARKS: &str = "mark/";
 
 /// The rows of a site.
 #[derive(Clone)]
@@ -98,7 +101,9 @@ pub enum RecordError {
     #[error(transparent)]
     State(#[from] StateError),
     /// A row of another version, or damaged.
-    #[error("the row {key} in the state database cannot be read: {why}; update blockferry or restore the state database")]
+    #[error(
+        "the row {key} in the state database cannot be read: {why}; update blockferry or restore the state database"
+    )]
     Unreadable {
         /// Which.
         key: String,
@@ -115,8 +120,9 @@ impl RecordError {
 
 impl VolumeRecord {
     /// The prefixes of all rows about this making of the volume.
-    fn own_rows(&self) -> [Vec<u8>; 2] {
-        [format!("res/{}/", self.incarnation).into_bytes(), format!("hash/{}/", self.incarnation).into_bytes()]
+    fn own_rows(&self) -> [Vec<u8>; 3] {
+        let of = self.incarnation;
+        [format!("res/{of}/").into_bytes(), format!("hash/{of}/").into_bytes(), mark_key(of)]
     }
 
     fn key(name: &Name) -> Vec<u8> {
@@ -220,6 +226,34 @@ impl Records {
         Ok(self.state.write_batch(batch, true)?)
     }
 
+    /// What an image held when it last rested, if it has not been written since.
+    pub fn mark(&self, of: Incarnation) -> Result<Option<Mark>, RecordError> {
+        let key = mark_key(of);
+        let row = self.state.get(&key)?;
+        row.map(|row| serde_json::from_slice(&row).map_err(|error| RecordError::unreadable(&key, error))).transpose()
+    }
+
+    /// Notes what an image holds that rests, durably; None: it may be written from now on.
+    pub fn note_mark(&self, of: Incarnation, mark: Option<&Mark>) -> Result<(), RecordError> {
+        let mut batch = StateBatch::default();
+        match mark {
+            Some(mark) => batch.put(mark_key(of), json(MARKS.as_bytes(), mark)?),
+            None => batch.delete(mark_key(of)),
+        }
+        Ok(self.state.write_batch(batch, true)?)
+    }
+
+    /// Drops the marks of all but these.
+    pub fn forget_marks_but(&self, known: &[Incarnation]) -> Result<(), RecordError> {
+        let mut batch = StateBatch::default();
+        for (key, _) in self.state.scan_prefix(MARKS.as_bytes())? {
+            if !known.iter().any(|of| key == mark_key(*of)) {
+                batch.delete(key);
+            }
+        }
+        if batch.is_empty() { Ok(()) } else { Ok(self.state.write_batch(batch, true)?) }
+    }
+
     /// Which instance of a peer was here last.
     pub fn instance_of(&self, peer: &Name) -> Result<Option<Nonce>, RecordError> {
         let key = format!("nonce/in/{peer}").into_bytes();
@@ -268,6 +302,10 @@ pub(super) fn put_debt(batch: &mut StateBatch, name: &Name, debt: &Debt) -> Resu
 
 fn json(key: &[u8], row: &impl Serialize) -> Result<Vec<u8>, RecordError> {
     serde_json::to_vec(row).map_err(|error| RecordError::unreadable(key, error))
+}
+
+fn mark_key(of: Incarnation) -> Vec<u8> {
+    format!("{MARKS}{of}").into_bytes()
 }
 
 fn debt_key(name: &Name, debt: &Debt) -> Vec<u8> {

@@ -84,11 +84,7 @@ impl Node {
                 came: None,
             },
             source_generation: Some(Generation(remote.generation)),
-            pace: Pace {
-                with_bulk: request.bulk,
-                is_paused: false,
-                limit_bytes_per_s: request.bulk_rate_bytes_per_s,
-            },
+            pace: Pace { with_bulk: request.bulk, is_paused: false, limit_bytes_per_s: request.bulk_rate_bytes_per_s },
             is_made: image.was_made(),
             is_read_only: remote.is_read_only,
             noted: image.identity().ok(),
@@ -152,14 +148,14 @@ impl Node {
     }
 
     /// A volume whose blocks are partly elsewhere, as the journal has it.
-    pub(super) fn open_arriving(self: &Arc<Self>, record: VolumeRecord) -> anyhow::Result<Arc<Entry>> {
+    pub(super) fn open_arriving(self: &Arc<Self>, mut record: VolumeRecord) -> anyhow::Result<Arc<Entry>> {
         let (State::Arriving { from } | State::GivingBack { from, .. } | State::Fenced { by: from, .. }) =
             &record.held.state
         else {
             anyhow::bail!("not a relocation under way");
         };
         let from = from.clone();
-        let image = self.open_known(&record)?;
+        let image = self.open_known(&mut record)?;
         let volume = Volume::relocating(self.parts(&record, image), false)?;
         let peer = self.ensure_dialled(&from).ok_or_else(|| {
             anyhow::anyhow!("its source {from} is not among the [[peers]] any more, or has no address; add it again")
@@ -176,7 +172,13 @@ impl Node {
         Ok(self.attach(record, Arc::new(volume), &remote, key))
     }
 
-    fn attach(self: &Arc<Self>, record: VolumeRecord, volume: Arc<Volume>, remote: &Remote, key: VolumeKey) -> Arc<Entry> {
+    fn attach(
+        self: &Arc<Self>,
+        record: VolumeRecord,
+        volume: Arc<Volume>,
+        remote: &Remote,
+        key: VolumeKey,
+    ) -> Arc<Entry> {
         let timeout = match self.config.demand.timeout {
             Patience::Forever => None,
             Patience::For(timeout) => Some(timeout),

@@ -55,7 +55,9 @@ impl Node {
             _ => return Err(no_copy()),
         }
         let pace = entry.record().pace;
-        let Some(relocation) = entry.volume().ok().and_then(|volume| volume.relocation()) else { return Err(no_copy()) };
+        let Some(relocation) = entry.volume().ok().and_then(|volume| volume.relocation()) else {
+            return Err(no_copy());
+        };
         relocation.bulk().set_paused(pace.is_paused);
         relocation.bulk().set_limit(pace.limit_bytes_per_s);
         relocation.apply_pace();

@@ -161,7 +161,8 @@ impl Node {
         let trouble = entry.trouble.lock().clone();
         let (held, owed) = (&record.held, self.debts.list(Some(&record.name)));
         if view.is_unsure {
-            let why = "its last change of owner cannot be written to the state database; no write is admitted until it is";
+            let why =
+                "its last change of owner cannot be written to the state database; no write is admitted until it is";
             return (Phase::Failed, why.into());
         }
         match &held.state {
@@ -186,7 +187,9 @@ impl Node {
             State::Released { to, is_completed: false } => {
                 let why = match volume {
                     Ok(_) => format!("{to} is fetching it"),
-                    Err(why) => format!("{to} is fetching it, and it cannot be served: {why}; when it is mended, restart the daemon"),
+                    Err(why) => format!(
+                        "{to} is fetching it, and it cannot be served: {why}; when it is mended, restart the daemon"
+                    ),
                 };
                 return (Phase::Released, why);
             }
@@ -239,9 +242,10 @@ impl Node {
             _ if let Some(waiting) = waiting => (Phase::Stalled, format!("{waiting}{reads}")),
             Some((_, true)) => (Phase::Paused, "paused by hand; `resume` lets it go on".into()),
             _ if let Some(why) = relocation.and_then(|relocation| relocation.refusal()) => (Phase::Failed, why),
-            _ if !record.pace.with_bulk => {
-                (Phase::Copying, "without a background copy: blocks come when they are read; `resume` begins one".into())
-            }
+            _ if !record.pace.with_bulk => (
+                Phase::Copying,
+                "without a background copy: blocks come when they are read; `resume` begins one".into(),
+            ),
             _ => (Phase::Copying, String::new()),
         }
     }

@@ -86,7 +86,8 @@ fn a_row_of_version_1_is_written_anew_with_its_residency() {
 
 #[test]
 fn a_completed_hand_over_of_version_1_is_still_owed() {
-    let row = br#"{"version":1,"name":"vm1","image":"/i/vm1.raw","geometry":{"size_bytes":1073741824,"block_size":65536},
+    let row =
+        br#"{"version":1,"name":"vm1","image":"/i/vm1.raw","geometry":{"size_bytes":1073741824,"block_size":65536},
         "epoch":2,"generation":1,"state":{"arrived":{"from":"a","is_released":false}}}"#;
     let state: Arc<dyn State> = Arc::new(MemoryState::new());
     state.put(b"vol/vm1", row).expect("puts");
