@@ -330,7 +330,8 @@ impl Node {
                 tracing::warn!(volume = %entry.name, %error, "the image will be hashed again after the restart");
             }
             // Nothing is written any more: whatever lies there at the next start is compared with this.
-            volume.bar();
+            volume.close();
+            volume.closed().await;
             self.mark(entry);
         }
         self.links.lock().clear();

@@ -164,7 +164,10 @@ impl Node {
     pub(super) fn mark(&self, entry: &Entry) {
         let Ok(volume) = entry.volume() else { return };
         let record = entry.record();
-        let marked = Mark::take(volume.image(), record.geometry.size_bytes).map_err(|error| error.to_string());
+        // What is not synced may be gone after a power loss, and the mark would not fit.
+        let synced = if volume.image().is_writable() { volume.image().sync_data() } else { Ok(()) };
+        let marked = synced.and_then(|()| Mark::take(volume.image(), record.geometry.size_bytes));
+        let marked = marked.map_err(|error| error.to_string());
         let noted = marked.and_then(|mark| {
             self.records.note_mark(record.incarnation, Some(&mark)).map_err(|error| error.to_string())
         });
