@@ -259,7 +259,7 @@ pub(super) struct RelocateArgs {
     #[arg(long)]
     pub overwrite: bool,
     /// How long the hand-over of ownership may take; after that it is withdrawn on both sides [default: 5min].
-    #[arg(long, value_name = "SPAN")]
+    #[arg(long, value_name = "SPAN", value_parser = parse_timeout)]
     pub timeout: Option<Span>,
     /// Follow the relocations until all have arrived; exit 1 if one failed.
     #[arg(long)]
@@ -340,6 +340,14 @@ fn parse_rtt(text: &str) -> Result<RoundTripMs, String> {
             Ok(Span(duration)) => Ok(RoundTripMs(duration.as_secs_f64() * 1000.0)),
             Err(error) => Err(error.to_string()),
         },
+    }
+}
+
+fn parse_timeout(text: &str) -> Result<Span, String> {
+    match text.parse() {
+        Ok(Span(duration)) if duration.is_zero() => Err("nothing can be handed over in no time".to_owned()),
+        Ok(span) => Ok(span),
+        Err(error) => Err(crate::units::UnitError::to_string(&error)),
     }
 }
 

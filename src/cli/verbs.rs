@@ -2,12 +2,13 @@
 //! Must not know how the daemon does it, nor what a report looks like.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Serialize;
 
 use crate::control::{
-    AddVolume, ApiError, Cancel, ClientError, ControlClient, ErrorKind, JobId, PrewarmStatus, Reclaim, RelocateRequest,
-    RelocationAnswer, VolumeStatus,
+    AddVolume, ApiError, Cancel, ClientError, ControlClient, DEFAULT_HANDOVER_TIMEOUT, ErrorKind, JobId, PrewarmStatus,
+    Reclaim, RelocateRequest, RelocationAnswer, VolumeStatus,
 };
 use crate::core::ids::Name;
 
@@ -15,6 +16,7 @@ use super::args::{PrewarmArgs, RelocateArgs, StatusArgs, StoreVerb, Verb, Volume
 use super::console::{CliError, Console, Pace};
 use super::fleet::{FleetItem, read_fleet};
 use super::follow::{self, Outcome};
+use super::verdict::{Until, Wait};
 use super::{daemon, show};
 
 /// What `relocate --json` reports.
@@ -109,44 +111,61 @@ pub(super) async fn ask(verb: Verb, console: &mut Console<'_>) -> Result<(), Cli
 
 async fn relocate(args: RelocateArgs, console: &mut Console<'_>) -> Result<(), CliError> {
     let client = daemon::find(&args.daemon, console)?;
-    let answers = client.relocate(relocate_requests(&args)?).await?;
+    let (answers, unknown) = begin_relocations(&client, relocate_requests(&args)?, console).await?;
     let all = answers.len();
     let mut failures = Failures { of: all, count: 0, only: None };
     let mut relocations: Vec<RelocationReport> = Vec::with_capacity(all);
     for RelocationAnswer { peer, volume, error } in answers {
-        match &error {
-            Some(error) => failures.add(format!("{peer}/{volume}: {error}"), console),
-            None if args.wait || args.json => {}
-            None => console.say(format!("{volume}: served here, and on its way from {peer}"))?,
+        if let Some(error) = &error {
+            failures.add(format!("{peer}/{volume}: {error}"), console);
         }
         relocations.push(RelocationReport { peer, volume, error, status: None });
     }
-    if args.wait {
-        let mut begun: Vec<_> = relocations.iter_mut().filter(|report| report.error.is_none()).collect();
-        let names: Vec<Name> = begun.iter().map(|report| report.volume.clone()).collect();
-        let outcomes = follow::relocations(&client, &names, console).await?;
-        for (report, outcome) in begun.iter_mut().zip(outcomes) {
-            match outcome {
-                Outcome::Arrived(status) => {
-                    if !args.json {
-                        console.say(show::arrived(&status))?;
-                    }
-                    report.status = Some(status);
-                }
-                Outcome::Failed(status, why) => {
-                    let next = format!("`blockferry status {}` and the daemon's log say more", report.volume);
-                    let error = ApiError::new(ErrorKind::Unavailable, why, next);
-                    failures.add(format!("{}/{}: {error}", report.peer, report.volume), console);
-                    report.error = Some(error);
-                    report.status = status;
-                }
-            }
+    let timeout = args.timeout.map_or(DEFAULT_HANDOVER_TIMEOUT, |timeout| timeout.0);
+    let until = if args.wait { Until::Arrived } else { Until::Owned };
+    let wait = Wait { until, handover: timeout.saturating_add(console.pace.slack), unknown };
+    let begun: Vec<_> = relocations.iter_mut().filter(|report| report.error.is_none()).collect();
+    let names: Vec<Name> = begun.iter().map(|report| report.volume.clone()).collect();
+    let outcomes = follow::relocations(&client, &names, wait, console).await?;
+    for (report, Outcome { status, error }) in begun.into_iter().zip(outcomes) {
+        match (&error, &status) {
+            (Some(error), _) => failures.add(format!("{}/{}: {error}", report.peer, report.volume), console),
+            _ if args.json => {}
+            (None, Some(status)) if args.wait => console.say(show::arrived(status))?,
+            (None, _) => console.say(format!("{}: served here, and on its way from {}", report.volume, report.peer))?,
         }
+        report.error = error;
+        report.status = status.filter(|_| args.wait);
     }
     if args.json {
         console.say_json(&RelocateReport { relocations })?;
     }
     failures.result()
+}
+
+/// Asks for the relocations. Their answers, and how long a name may be unknown to the site although it was asked for.
+async fn begin_relocations(
+    client: &ControlClient,
+    requests: Vec<RelocateRequest>,
+    console: &mut Console<'_>,
+) -> Result<(Vec<RelocationAnswer>, Duration), CliError> {
+    let names: Vec<Name> = requests.iter().map(|request| request.volume.clone()).collect();
+    let asked = requests.clone();
+    let answer = tokio::select! {
+        answer = client.relocate(requests) => answer,
+        never = follow::handovers(client, &names, console) => match never {},
+    };
+    match answer {
+        Ok(answers) => Ok((answers, Duration::ZERO)),
+        // They go on, and the site says of each what became of it.
+        Err(ClientError::Refused(error)) if error.kind == ErrorKind::UnderWay => {
+            console.note(error.to_string());
+            let begun =
+                |request: RelocateRequest| RelocationAnswer { peer: request.peer, volume: request.volume, error: None };
+            Ok((asked.into_iter().map(begun).collect(), console.pace.absence))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// What failed of several relocations. A single one is the verb's own failure, in one line; of several, each has its

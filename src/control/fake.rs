@@ -23,6 +23,8 @@ pub(crate) struct FakeSite {
     prewarms: Mutex<Vec<(Vec<PathBuf>, u64)>>,
     /// The next status waits for this.
     pub gate: Mutex<Option<oneshot::Receiver<()>>>,
+    /// The next removal waits for this.
+    pub change_gate: Mutex<Option<oneshot::Receiver<()>>>,
 }
 
 pub(crate) fn name(text: &str) -> Name {
@@ -206,9 +208,17 @@ impl Site for FakeSite {
     }
 
     fn remove_volume(&self, name: Name) -> Answer<'_, ()> {
-        let result = self.order("remove", name.clone());
-        self.volumes.lock().remove(&name);
-        ready(result).boxed()
+        assert_ne!(name.as_str(), "panics", "a panic on purpose");
+        async move {
+            let gate = self.change_gate.lock().take();
+            if let Some(gate) = gate {
+                let _ = gate.await;
+            }
+            let result = self.order("remove", name.clone());
+            self.volumes.lock().remove(&name);
+            result
+        }
+        .boxed()
     }
 
     fn relocate(&self, requests: Vec<RelocateRequest>) -> BoxFuture<'_, Vec<Result<(), ApiError>>> {

@@ -1,6 +1,8 @@
 //! The server of the control API: routes, bounds and errors as JSON.
 //! Must not know how a site does what it is asked.
 
+mod bounds;
+
 use std::future::Future;
 use std::io;
 use std::path::Path;
@@ -11,9 +13,8 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Path as UrlPath, Request, State};
+use axum::extract::{DefaultBodyLimit, Path as UrlPath, State};
 use axum::http::{Method, StatusCode, Uri};
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::Listener;
@@ -26,6 +27,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::core::ids::Name;
 
+use self::bounds::Bounds;
 use super::site::{
     AddVolume, ApiError, Cancel, CancelAnswer, ErrorKind, JobId, Limit, Prewarm, PrewarmStarted, ReclaimAnswer,
     RelocationAnswer, RelocationAnswers, Relocations, Site,
@@ -36,7 +38,8 @@ use super::status::{PrewarmStatus, SiteStatus, StoreStats, VolumeStatus};
 /// The largest request body: some ten thousand relocations at once.
 pub const MAX_BODY_BYTES: usize = 4 << 20;
 
-/// How long a request may take in all. A site that needs longer answers that it began, and is watched by its status.
+/// How long a request's answer may take in all. A site that needs longer answers that it began, and is watched by its
+/// status; a change that is under way by then is not cut short.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Connections at once; the next one waits until one of them closes.
@@ -69,8 +72,8 @@ impl ControlServer {
         self.socket.path()
     }
 
-    /// Answers until `shutdown` completes, then finishes the requests in hand (at most [`REQUEST_TIMEOUT`] each) and
-    /// removes the socket.
+    /// Answers until `shutdown` completes, then finishes the requests in hand (at most [`REQUEST_TIMEOUT`] each, those
+    /// whose clients have left among them) and removes the socket.
     pub async fn serve(
         self,
         site: Arc<dyn Site>,
@@ -78,13 +81,20 @@ impl ControlServer {
     ) -> io::Result<()> {
         let (listener, file) = self.socket.into_parts();
         let listener = Bounded { listener, permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)) };
-        let served = axum::serve(listener, router(site, REQUEST_TIMEOUT)).with_graceful_shutdown(shutdown).await;
+        let bounds = Bounds::new(REQUEST_TIMEOUT);
+        let under_way = bounds.under_way.clone();
+        let served = axum::serve(listener, router(site, bounds)).with_graceful_shutdown(shutdown).await;
+        // Those whose clients left: they have begun to change something.
+        under_way.close();
+        if tokio::time::timeout(REQUEST_TIMEOUT, under_way.wait()).await.is_err() {
+            tracing::warn!(count = under_way.len(), "control requests are cut off: they did not end in time");
+        }
         drop(file);
         served
     }
 }
 
-fn router(site: Arc<dyn Site>, timeout: Duration) -> Router {
+fn router(site: Arc<dyn Site>, bounds: Bounds) -> Router {
     Router::new()
         .route("/v1/status", get(status))
         .route("/v1/volumes", get(list_volumes).post(add_volume))
@@ -101,7 +111,7 @@ fn router(site: Arc<dyn Site>, timeout: Duration) -> Router {
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
-        .layer(axum::middleware::from_fn(move |request, next| within(timeout, request, next)))
+        .layer(axum::middleware::from_fn(move |request, next| bounds.clone().answer(request, next)))
         .with_state(site)
 }
 
@@ -212,19 +222,6 @@ async fn no_such_method(method: Method, uri: Uri) -> Response {
     (StatusCode::METHOD_NOT_ALLOWED, Json(ErrorBody { error })).into_response()
 }
 
-/// Bounds everything that follows the request's head: reading the body, the site's answer.
-async fn within(timeout: Duration, request: Request, next: Next) -> Response {
-    let what = format!("{} {}", request.method(), request.uri().path());
-    match tokio::time::timeout(timeout, next.run(request)).await {
-        Ok(response) => response,
-        Err(_) => {
-            tracing::warn!(request = %what, "a control request took too long and was given up");
-            let message = format!("{what} was not answered within {} s", timeout.as_secs());
-            ApiError::new(ErrorKind::Unavailable, message, "look at the status before you ask again").into_response()
-        }
-    }
-}
-
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let status = match self.kind {
@@ -235,7 +232,10 @@ impl IntoResponse for ApiError {
             ErrorKind::Unavailable | ErrorKind::UnderWay => StatusCode::SERVICE_UNAVAILABLE,
             ErrorKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        (status, Json(ErrorBody { error: self })).into_response()
+        let mut response = (status, Json(ErrorBody { error: self.clone() })).into_response();
+        // For the log, should nobody hear the answer.
+        response.extensions_mut().insert(self);
+        response
     }
 }
 

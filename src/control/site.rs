@@ -237,6 +237,16 @@ pub enum ErrorKind {
     Internal,
 }
 
+impl ErrorKind {
+    /// Whether the same question may be answered before long: this says nothing about what was asked for.
+    pub fn is_passing(self) -> bool {
+        match self {
+            ErrorKind::NotFound | ErrorKind::Conflict | ErrorKind::Invalid | ErrorKind::Refused => false,
+            ErrorKind::Unavailable | ErrorKind::UnderWay | ErrorKind::Internal => true,
+        }
+    }
+}
+
 impl ApiError {
     /// An error of `kind`.
     pub fn new(kind: ErrorKind, message: impl Into<String>, hint: impl Into<String>) -> ApiError {

@@ -210,11 +210,112 @@ async fn slow_requests_are_given_up() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("c.sock");
     let (listener, _file) = ControlSocket::bind(&path).expect("bound").into_parts();
-    let app = router(FakeSite::with_volumes(), Duration::from_millis(20));
+    let app = router(FakeSite::with_volumes(), Bounds::new(Duration::from_millis(20)));
     tokio::spawn(async move { axum::serve(listener, app).await });
     let error = refusal(ControlClient::new(&path).volume(&name("slow")).await);
     assert_eq!(error.kind, ErrorKind::Unavailable);
     assert!(error.message.contains("GET /v1/volumes/slow was not answered"), "{error}");
+}
+
+/// A site whose changes wait for the sender.
+fn gated() -> (Arc<FakeSite>, oneshot::Sender<()>) {
+    let site = FakeSite::with_volumes();
+    let (open, gate) = oneshot::channel();
+    *site.change_gate.lock() = Some(gate);
+    (site, open)
+}
+
+async fn until(mut holds: impl FnMut() -> bool) {
+    let patience = async {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), patience).await.expect("it comes about");
+}
+
+#[tokio::test]
+async fn a_change_whose_client_hangs_up_goes_on() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("c.sock");
+    let (site, open) = gated();
+    let server = ControlServer::bind(&path).expect("bound");
+    tokio::spawn(server.serve(site.clone(), std::future::pending()));
+    let mut client = UnixStream::connect(&path).await.expect("connects");
+    client.write_all(b"DELETE /v1/volumes/web-01 HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+    until(|| site.change_gate.lock().is_none()).await;
+    drop(client);
+    // Long enough that the server has noticed: it drops what it ran for this client then.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(site.volumes.lock().contains_key(&name("web-01")));
+    open.send(()).expect("the removal still waits");
+    until(|| !site.volumes.lock().contains_key(&name("web-01"))).await;
+}
+
+#[tokio::test]
+async fn a_change_that_takes_long_is_said_to_go_on_and_does() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("c.sock");
+    let (listener, _file) = ControlSocket::bind(&path).expect("bound").into_parts();
+    let (site, open) = gated();
+    let app = router(site.clone(), Bounds::new(Duration::from_millis(20)));
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    let (status, answer) = raw(&path, "DELETE", "/v1/volumes/web-01", "").await;
+    assert_eq!((status, &answer["error"]["kind"]), (503, &Value::from("under_way")), "{answer}");
+    let message = answer["error"]["message"].as_str().expect("a message");
+    assert!(message.starts_with("DELETE /v1/volumes/web-01 is still under way after"), "{message}");
+    assert!(answer["error"]["next"].as_str().is_some_and(|next| next.contains("`blockferry status`")), "{answer}");
+    assert!(site.volumes.lock().contains_key(&name("web-01")));
+    open.send(()).expect("the removal still waits");
+    until(|| !site.volumes.lock().contains_key(&name("web-01"))).await;
+}
+
+#[tokio::test]
+async fn a_request_that_never_arrives_in_full_changes_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("c.sock");
+    let (listener, _file) = ControlSocket::bind(&path).expect("bound").into_parts();
+    let site = FakeSite::with_volumes();
+    let app = router(site.clone(), Bounds::new(Duration::from_millis(20)));
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    let mut client = UnixStream::connect(&path).await.expect("connects");
+    let head = b"POST /v1/volumes/db-01/cancel HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{";
+    client.write_all(head).await.expect("sent");
+    let mut answer = vec![0u8; 4096];
+    let read = client.read(&mut answer).await.expect("answered");
+    let answer = String::from_utf8_lossy(&answer[..read]).into_owned();
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("\"unavailable\""), "{answer}");
+    assert!(site.calls.lock().is_empty(), "{:?}", site.calls.lock());
+}
+
+#[tokio::test]
+async fn a_change_that_panics_is_answered() {
+    let daemon = FakeDaemon::start();
+    let (status, answer) = raw(&daemon.socket(), "DELETE", "/v1/volumes/panics", "").await;
+    assert_eq!((status, &answer["error"]["kind"]), (500, &Value::from("internal")), "{answer}");
+}
+
+#[tokio::test]
+async fn shutting_down_lets_changes_end_whose_clients_left() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("c.sock");
+    let (site, open) = gated();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let server = ControlServer::bind(&path).expect("bound");
+    let shutdown = async move {
+        let _ = stopped.await;
+    };
+    let serving = tokio::spawn(server.serve(site.clone(), shutdown));
+    let mut client = UnixStream::connect(&path).await.expect("connects");
+    client.write_all(b"DELETE /v1/volumes/web-01 HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+    until(|| site.change_gate.lock().is_none()).await;
+    drop(client);
+    stop.send(()).expect("still serving");
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!serving.is_finished(), "the removal has not ended");
+    open.send(()).expect("the removal still waits");
+    serving.await.expect("no panic").expect("ended well");
+    assert!(!site.volumes.lock().contains_key(&name("web-01")));
 }
 
 #[tokio::test]
