@@ -71,16 +71,16 @@ impl Machine {
             Answer::Done(holds) if !was_owner || holds == epoch.next() => return self.given_back(from),
             // Something newer holds there than what this site gives back. Either way it owns the volume no more; but what is
             // here may be all that there is of it, and stays.
-            Answer::Done(holds) => return self.fence_off(from, holds.max(epoch.next())),
+            Answer::Done(holds) => return self.fence_off(from, holds.max(epoch.next()), false),
             Answer::Refused(_, why) if !was_owner => {
                 // The source never let go, and says that it does not know of it: it cannot let go any more.
                 self.because.get_or_insert(why);
                 return self.given_back(from);
             }
             Answer::Refused(holds, why) => match holds {
-                Some(holds) if holds.term() > epoch.term() => return self.fence_off(from, holds),
+                Some(holds) if holds.term() > epoch.term() => return self.fence_off(from, holds, false),
                 // Somebody else owns it since, by the source's account.
-                Some(holds) if holds > epoch => return self.fence_off(from, holds),
+                Some(holds) if holds > epoch => return self.fence_off(from, holds, false),
                 _ => why,
             },
         };
@@ -187,7 +187,7 @@ impl Machine {
             _ => false,
         };
         if is_from && epoch.term() > self.held.epoch.term() {
-            return self.fence_off(peer.clone(), epoch);
+            return self.fence_off(peer.clone(), epoch, true);
         }
         Vec::new()
     }

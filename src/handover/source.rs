@@ -213,13 +213,14 @@ impl Machine {
         if !is_origin || epoch.term() <= self.held.epoch.term() {
             return self.refuse(ticket, No::Epoch { asked: epoch, holds: self.held.epoch });
         }
-        let mut outputs = self.fence_off(peer.clone(), epoch);
+        let mut outputs = self.fence_off(peer.clone(), epoch, false);
         outputs.extend(self.done(ticket));
         outputs
     }
 
-    /// Another site owns it by a person's decision. Whoever got it from here is told, too.
-    pub(super) fn fence_off(&mut self, by: Name, epoch: Epoch) -> Vec<Output> {
+    /// Another site owns it by a person's decision. Whoever got it from here is told, too; else, if the other site does not know that it was
+    /// heard, that site.
+    pub(super) fn fence_off(&mut self, by: Name, epoch: Epoch, is_overheard: bool) -> Vec<Output> {
         let why = No::Reclaimed { by: by.clone(), epoch };
         let mut outputs = match std::mem::take(&mut self.phase) {
             Phase::Preparing(_, asker) | Phase::Fencing(_, asker) => self.refuse_all(asker.tickets, &why),
@@ -228,6 +229,7 @@ impl Machine {
         };
         let owes = match &self.held.state {
             State::Released { to, .. } if *to != by => Some(Debt { peer: to.clone(), what: Owed::Reclaimed, epoch }),
+            _ if is_overheard => Some(Debt { peer: by.clone(), what: Owed::Reclaimed, epoch }),
             _ => None,
         };
         if matches!(self.held.state, State::Arriving { .. }) {

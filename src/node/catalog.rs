@@ -55,6 +55,7 @@ impl Catalog for Node {
 
     fn ask(&self, peer: &Name, volume: &Name, question: Question) -> BoxFuture<'static, Answer> {
         let is_granted = self.is_granted(peer, volume);
+        self.has_heard(peer, volume, &question);
         match self.entry(volume) {
             Some(entry) => entry.custody().ask(peer.clone(), is_granted, question).boxed(),
             None => {

@@ -95,13 +95,37 @@ impl Node {
         Ok(())
     }
 
+    /// A peer shows by its question that it knows.
+    pub(super) fn has_heard(&self, peer: &Name, volume: &Name, question: &Question) {
+        let Question::Reclaimed { epoch } = question else { return };
+        for (name, debt) in self.debts.list(Some(volume)) {
+            if debt.peer == *peer && debt.what == Owed::Reclaimed && debt.epoch <= *epoch {
+                self.settle(&name, &debt);
+            }
+        }
+    }
+
+    fn settle(&self, name: &Name, debt: &Debt) -> bool {
+        if let Err(error) = self.records.settle(name, debt) {
+            tracing::error!(volume = %name, %error, "that a peer was told could not be noted");
+            return false;
+        }
+        self.debts.open.lock().remove(&(name.clone(), debt.clone()));
+        tracing::info!(volume = %name, peer = %debt.peer, owed = ?debt.what, "a peer knows");
+        true
+    }
+
+    fn is_open(&self, name: &Name, debt: &Debt) -> bool {
+        self.debts.open.lock().contains_key(&(name.clone(), debt.clone()))
+    }
+
     async fn pay(self: Arc<Self>, name: Name, debt: Debt) {
         let question = match debt.what {
             Owed::Completed => Question::Completed { epoch: debt.epoch },
             Owed::Reclaimed => Question::Reclaimed { epoch: debt.epoch },
         };
         let mut pause = TELL_AGAIN[0];
-        loop {
+        while self.is_open(&name, &debt) {
             let asked = tokio::time::timeout(PATIENCE, self.ask_peer(&debt.peer, &name, &question)).await;
             match asked.ok().flatten().map(|answer| (outcome(&debt, &answer), answer)) {
                 Some((Outcome::Settled, _)) => break,
@@ -119,12 +143,9 @@ impl Node {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(TELL_AGAIN[1]);
         }
-        while let Err(error) = self.records.settle(&name, &debt) {
-            tracing::error!(volume = %name, %error, "that a peer was told could not be noted");
+        while self.is_open(&name, &debt) && !self.settle(&name, &debt) {
             tokio::time::sleep(TELL_AGAIN[1]).await;
         }
-        self.debts.open.lock().remove(&(name.clone(), debt.clone()));
-        tracing::info!(volume = %name, peer = %debt.peer, owed = ?debt.what, "a peer knows");
     }
 }
 
