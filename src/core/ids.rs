@@ -220,6 +220,56 @@ impl fmt::Debug for Name {
     }
 }
 
+/// A random number of one making of a volume at one site: in its record and in every row about it, so that no row can be taken for another's.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Incarnation(pub [u8; 16]);
+
+/// Why a string is no incarnation.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("an incarnation is 32 hexadecimal digits")]
+pub struct BadIncarnation;
+
+impl Incarnation {
+    /// From random bytes, which the caller draws.
+    pub fn from_bytes(bytes: [u8; 16]) -> Incarnation {
+        Incarnation(bytes)
+    }
+}
+
+impl fmt::Display for Incarnation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
+impl fmt::Debug for Incarnation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Incarnation {
+    type Err = BadIncarnation;
+    fn from_str(text: &str) -> Result<Self, BadIncarnation> {
+        if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(BadIncarnation);
+        }
+        u128::from_str_radix(text, 16).map(|number| Incarnation(number.to_be_bytes())).map_err(|_| BadIncarnation)
+    }
+}
+
+impl Serialize for Incarnation {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Incarnation {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -269,6 +319,19 @@ mod tests {
         }
         for bad in ["", ".", "..", "-x", "a/b", "a b", "ä", "a\0", &"x".repeat(129)] {
             assert!(bad.parse::<Name>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn an_incarnation_is_its_text() {
+        let text = "000102030405060708090a0b0c0d0eff";
+        let incarnation: Incarnation = text.parse().expect("an incarnation");
+        assert_eq!((incarnation.0[1], incarnation.0[15]), (1, 255));
+        assert_eq!(incarnation.to_string(), text);
+        assert_eq!(serde_json::to_string(&incarnation).expect("a row"), format!("{text:?}"));
+        assert_eq!(serde_json::from_str::<Incarnation>(&format!("{text:?}")).expect("reads back"), incarnation);
+        for bad in ["", "0", &text[1..], "+00102030405060708090a0b0c0d0eff", "000102030405060708090a0b0c0d0efg"] {
+            assert_eq!(bad.parse::<Incarnation>(), Err(BadIncarnation), "{bad:?}");
         }
     }
 }

@@ -128,6 +128,10 @@ impl Catalog for Node {
             record.state = Ownership::Owned;
             self.save(&entry, record).map_err(|error| (Refusal::Internal, error.to_string()))?;
             self.renew_generation(&entry).map_err(|error| (Refusal::Internal, error.to_string()))?;
+            let source = entry.source.lock().clone();
+            if let Some(Err(error)) = source.map(|source| source.manifest.take_back()) {
+                return Err((Refusal::Internal, error.to_string()));
+            }
             entry.volume.unfence();
             tracing::info!(%volume, %peer, "the peer gave the volume back; it may be written here again");
             Ok(epoch + 1)
@@ -143,8 +147,7 @@ fn rest(source: &SourceVolume) -> Result<(), SourceError> {
         let (path, announced_bytes) = (source.image.path().to_owned(), source.geometry.size_bytes);
         return Err(ImageError::Shorter { path, offset: stamp.size_bytes, announced_bytes }.into());
     }
-    source.manifest.check_unchanged()?;
-    source.manifest.seal()
+    source.manifest.release()
 }
 
 impl Node {

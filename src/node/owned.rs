@@ -6,9 +6,9 @@ use std::sync::Arc;
 use super::record::{Ownership, RecordError, VolumeRecord};
 use super::{Entry, Node};
 use crate::control::{AddVolume, ApiError, ErrorKind};
-use crate::core::ids::Name;
+use crate::core::ids::{Incarnation, Name};
 use crate::core::manifest::Geometry;
-use crate::image::{Image, ImageError};
+use crate::image::Image;
 use crate::source::{Manifest, SourceError, SourceVolume};
 use crate::volume::{Volume, VolumeParts, WriteObserver};
 
@@ -31,7 +31,7 @@ impl Node {
         let _reserved = self.reserve(&add.name)?;
         // First: the lock on the image would only say that somebody has it.
         self.refuse_shared_image(&add.name, &add.image)?;
-        let image = open_image(&add.image)
+        let image = Image::open_best(&add.image)
             .map_err(|error| ApiError::new(ErrorKind::Invalid, format!("volume {}: {error}", add.name), ""))?;
         let block_size = u64::from(self.config.store.block_size.bytes());
         let geometry = Geometry::new(image.size_bytes(), block_size)
@@ -52,8 +52,7 @@ impl Node {
         let name = record.name.clone();
         let entry = match &record.state {
             Ownership::Owned | Ownership::Arrived { .. } => {
-                let image = open_image(&record.image)?;
-                self.check_size(&record, &image)?;
+                let image = open_known(&record)?;
                 let entry = self.make_complete(record.clone(), image, true)?;
                 if let Ownership::Arrived { from, is_released: false } = &record.state {
                     self.tell_source_later(&entry, from.clone(), record.epoch);
@@ -61,8 +60,7 @@ impl Node {
                 entry
             }
             Ownership::Released { .. } => {
-                let image = open_image(&record.image)?;
-                self.check_size(&record, &image)?;
+                let image = open_known(&record)?;
                 self.make_complete(record.clone(), image, false)?
             }
             Ownership::Arriving { .. } => self.restore_arriving(record)?,
@@ -125,7 +123,14 @@ impl Node {
         let record = entry.record.lock().clone();
         let image = Arc::clone(entry.volume.image());
         let is_released = matches!(record.state, Ownership::Released { .. });
-        let manifest = Manifest::open(record.name, image, record.geometry, Arc::clone(&self.state), is_released)?;
+        let manifest = Manifest::open(
+            record.name.clone(),
+            incarnation(&record.name),
+            image,
+            record.geometry,
+            Arc::clone(&self.state),
+            is_released,
+        )?;
         self.set_source(entry, Arc::new(manifest));
         Ok(())
     }
@@ -135,7 +140,13 @@ impl Node {
     pub(super) fn begin_source(&self, entry: &Entry) -> Result<(), SourceError> {
         let record = entry.record.lock().clone();
         let image = Arc::clone(entry.volume.image());
-        let manifest = Manifest::open_written(record.name, image, record.geometry, Arc::clone(&self.state))?;
+        let manifest = Manifest::open_written(
+            record.name.clone(),
+            incarnation(&record.name),
+            image,
+            record.geometry,
+            Arc::clone(&self.state),
+        )?;
         self.set_source(entry, Arc::new(manifest));
         Ok(())
     }
@@ -194,23 +205,6 @@ impl Node {
         }
         Ok(())
     }
-
-    pub(super) fn check_size(&self, record: &VolumeRecord, image: &Image) -> anyhow::Result<()> {
-        // A block device may be larger than the volume that it holds.
-        let fits = if image.is_block_device() {
-            image.size_bytes() >= record.geometry.size_bytes
-        } else {
-            image.size_bytes() == record.geometry.size_bytes
-        };
-        anyhow::ensure!(
-            fits,
-            "image {} has {} bytes now, the volume has {}; put the right image back, or remove the volume's record",
-            record.image.display(),
-            image.size_bytes(),
-            record.geometry.size_bytes
-        );
-        Ok(())
-    }
 }
 
 /// A name that is being worked on.
@@ -247,19 +241,20 @@ pub(super) fn may_remove(name: &Name, state: &Ownership) -> Result<(), ApiError>
     }
 }
 
-/// For writing where that is allowed, for reading otherwise: a template on a read-only disk can be a source, too.
-fn open_image(path: &Path) -> Result<Image, ImageError> {
-    match Image::open_write(path) {
-        Err(ImageError::Unreadable { source, .. })
-            if matches!(
-                source.kind(),
-                std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
-            ) =>
-        {
-            Image::open_read(path)
-        }
-        opened => opened,
+/// The image of a record, clipped to its volume.
+fn open_known(record: &VolumeRecord) -> anyhow::Result<Image> {
+    let image = Image::open_known(&record.image, record.geometry.size_bytes)?;
+    if let Some(why) = image.read_only_why() {
+        tracing::warn!(volume = %record.name, image = %record.image.display(), why, "the volume is read-only");
     }
+    Ok(image)
+}
+
+/// Stands for the number that the record will have.
+fn incarnation(name: &Name) -> Incarnation {
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&blake3::hash(name.as_str().as_bytes()).as_bytes()[..16]);
+    Incarnation::from_bytes(bytes)
 }
 
 pub(super) fn no_such_volume(name: &Name) -> ApiError {

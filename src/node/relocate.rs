@@ -11,7 +11,7 @@ use crate::control::{ApiError, ErrorKind, RelocateRequest};
 use crate::core::ids::Name;
 use crate::core::wire::Refusal;
 use crate::fetch::{Expected, FetchError, Remote, VolumeKey};
-use crate::image::Image;
+use crate::image::{Image, Overwrite, Unlinked};
 use crate::units::Patience;
 use crate::volume::{Relocation, Volume, VolumeParts, run_bulk};
 
@@ -50,7 +50,7 @@ impl Node {
             Some(path) => path.clone(),
             None => self.prepare_default_image(name)?,
         };
-        let image = Image::create(&path, remote.geometry.size_bytes)
+        let image = Image::create(&path, remote.geometry.size_bytes, Overwrite::OnlyBlank)
             .map_err(|error| ApiError::new(ErrorKind::Conflict, format!("volume {name}: {error}"), ""))?;
         let record = VolumeRecord::new(
             name.clone(),
@@ -155,8 +155,7 @@ impl Node {
             anyhow::bail!("not a relocation under way");
         };
         let (from, generation, is_taken, is_given_back) = (from.clone(), *source_generation, *is_taken, *is_given_back);
-        let image = Image::open_write(&record.image)?;
-        self.check_size(&record, &image)?;
+        let image = Image::open_write(&record.image)?.clipped(record.geometry.size_bytes)?;
         let is_owner = is_taken && !is_given_back;
         let volume = Volume::relocating(self.parts(&record, image, is_owner), false)?;
         let peer = self.ensure_dialled(&from).ok_or_else(|| {
@@ -368,11 +367,17 @@ impl Node {
             return;
         }
         self.volumes.lock().remove(&record.name);
-        if with_file
-            && !entry.volume.image().is_block_device()
-            && let Err(error) = std::fs::remove_file(&record.image)
-        {
-            tracing::warn!(volume = %record.name, %error, "the file of a volume that was given up is left over");
+        if with_file {
+            match entry.volume.image().unlink_if_ours() {
+                Ok(Unlinked::Done) => {}
+                Ok(left) => {
+                    let image = record.image.display();
+                    tracing::warn!(volume = %record.name, %image, ?left, "the file of a volume that was given up is left alone");
+                }
+                Err(error) => {
+                    tracing::warn!(volume = %record.name, %error, "the file of a volume that was given up is left over");
+                }
+            }
         }
     }
 
@@ -438,7 +443,9 @@ fn refused(name: &Name, peer: &Name, error: &FetchError) -> ApiError {
         FetchError::Refused { refusal: Refusal::UnknownVolume, .. } => ErrorKind::NotFound,
         FetchError::Refused { refusal: Refusal::NotOwner | Refusal::Busy, .. } => ErrorKind::Conflict,
         FetchError::Refused { refusal: Refusal::ShuttingDown, .. } => ErrorKind::Unavailable,
-        FetchError::Refused { .. } | FetchError::Inconsistent { .. } => ErrorKind::Refused,
+        FetchError::Refused { .. } | FetchError::Inconsistent { .. } | FetchError::Contradiction { .. } => {
+            ErrorKind::Refused
+        }
         FetchError::Gone | FetchError::UnknownPeer => ErrorKind::Internal,
     };
     ApiError::new(kind, format!("volume {name}: {error}"), format!("nothing was begun; see the log of {peer}"))
