@@ -16,12 +16,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockferry::core::ids::Name;
+use blockferry::core::ids::{Incarnation, Name};
 use blockferry::core::manifest::Geometry;
 use blockferry::core::residency::Presence;
 use blockferry::core::scheduler::Limits;
 use blockferry::fetch::{Expected, Fetch, PeerKey};
-use blockferry::image::Image;
+use blockferry::image::{Image, Overwrite};
 use blockferry::source::{Catalog, Hasher, Manifest, Refused, SourceOptions, SourceVolume, serve_link};
 use blockferry::store::{MemoryState, MemoryStore, State, StateDb};
 use blockferry::transport::memory;
@@ -211,13 +211,14 @@ impl Site<'_> {
 
     /// Nobody is there to fetch from: writes of whole sectors do not ask.
     fn absent(&self, name: &str) -> Disk {
-        let image = Image::create(&self.path(name), SPARSE_BYTES).expect("creates");
+        let image = Image::create(&self.path(name), SPARSE_BYTES, Overwrite::OnlyBlank).expect("creates");
         Disk::Volume(Arc::new(Volume::relocating(self.parts(name, image), true).expect("a volume")))
     }
 
     /// The blocks that are written have been fetched; as many again have not.
     fn arrived(&self, name: &str) -> Disk {
-        let parts = self.parts(name, Image::create(&self.path(name), 2 * FILLED_BYTES).expect("creates"));
+        let parts =
+            self.parts(name, Image::create(&self.path(name), 2 * FILLED_BYTES, Overwrite::OnlyBlank).expect("creates"));
         let geometry = parts.geometry;
         let source = OneVolume::filled(&self.path("source"), geometry);
         let fetch = Fetch::start(Limits::default(), Arc::new(MemoryStore::new(0))).expect("threads");
@@ -257,7 +258,8 @@ impl OneVolume {
         longer.expect("grows");
         let image = Arc::new(Image::open_read(path).expect("opens"));
         let (name, state) = (named("source"), Arc::new(MemoryState::new()));
-        let manifest = Manifest::open(name.clone(), Arc::clone(&image), geometry, state, false).expect("a manifest");
+        let manifest = Manifest::open(name.clone(), Incarnation([1; 16]), Arc::clone(&image), geometry, state, false)
+            .expect("a manifest");
         OneVolume(Arc::new(SourceVolume { name, image, geometry, manifest: Arc::new(manifest), generation: 1 }))
     }
 }

@@ -85,6 +85,19 @@ pub enum FetchError {
         /// What does not fit.
         why: String,
     },
+    /// A source announced a page of a manifest anew, and otherwise than before.
+    #[error(
+        "the source contradicts itself: page {page} of the manifest was announced as {announced}, and {told} came; its image was changed: \
+         put back what it was, or cancel the relocation"
+    )]
+    Contradiction {
+        /// Which page.
+        page: u64,
+        /// Its id as it was announced first, in hex.
+        announced: String,
+        /// What came later.
+        told: String,
+    },
     /// The volume was given up, or the site is shutting down.
     #[error("the volume was given up while the block was on its way")]
     Gone,

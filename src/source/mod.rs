@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 
-use crate::core::ids::{BlockIndex, Name, Nonce};
+use crate::core::ids::{BlockId, BlockIndex, Name, Nonce};
 use crate::core::manifest::Geometry;
 use crate::core::wire::Refusal;
 use crate::handover::{Answer, Question};
@@ -67,13 +67,21 @@ pub enum SourceError {
     /// Reading failed.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// Somebody writes the image that is being relocated.
+    /// Somebody changed the image after it was released.
     #[error(
-        "image {path}: was changed by somebody else while it was being read as a static image; stop that writer and relocate again"
+        "image {path}: was changed by somebody else: {what}; stop that writer and put the image back as it was, or cancel the relocation at its destination"
     )]
     Changed {
         /// The image.
         path: std::path::PathBuf,
+        /// Which block, and how that is known.
+        what: String,
+    },
+    /// The volume was removed, or is served anew.
+    #[error("volume {volume} is not served as it was opened any more; open it again")]
+    Gone {
+        /// Which.
+        volume: Name,
     },
     /// The state database failed.
     #[error("the ids of volume {volume} could not be kept: {source}")]
@@ -91,24 +99,28 @@ impl SourceError {
         match self {
             SourceError::Image(ImageError::Shorter { .. }) | SourceError::Changed { .. } => Refusal::ImageChanged,
             SourceError::Image(_) => Refusal::ReadFailed,
+            SourceError::Gone { .. } => Refusal::UnknownVolume,
             SourceError::State { .. } => Refusal::Internal,
         }
     }
 }
 
 impl SourceVolume {
-    /// Reads one block, checking that the image is still what was hashed.
-    pub fn read_block(&self, block: BlockIndex) -> Result<Vec<u8>, SourceError> {
-        let mut bytes = vec![0; self.geometry.len_of(block) as usize];
-        self.image.read_at(self.geometry.offset_of(block), &mut bytes)?;
+    /// One block and its id; no bytes for one of zeros. Of a released image, only what was announced of it.
+    pub fn read_block(&self, block: BlockIndex) -> Result<(BlockId, Option<Vec<u8>>), SourceError> {
+        let (offset, len_bytes) = (self.geometry.offset_of(block), self.geometry.len_of(block));
+        // An image that is written has holes where data is not written back; a released one was synced.
+        let is_hole =
+            self.manifest.is_released() && self.image.is_hole(offset..offset + u64::from(len_bytes)).unwrap_or(false);
+        if is_hole {
+            self.manifest.admit(block, BlockId::ZERO)?;
+            return Ok((BlockId::ZERO, None));
+        }
+        let mut bytes = vec![0; len_bytes as usize];
+        self.image.read_at(offset, &mut bytes)?;
+        let id = BlockId::of(&bytes);
         // After the read: a change before it shows, a change after it does not matter to these bytes.
-        self.manifest.check_unchanged()?;
-        Ok(bytes)
-    }
-
-    /// Whether a block is known to be zero without reading it.
-    pub fn is_hole(&self, block: BlockIndex) -> Result<bool, SourceError> {
-        let offset = self.geometry.offset_of(block);
-        Ok(self.image.is_hole(offset..offset + u64::from(self.geometry.len_of(block)))?)
+        self.manifest.admit(block, id)?;
+        Ok((id, (!id.is_zero()).then_some(bytes)))
     }
 }

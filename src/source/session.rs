@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::queue::{Item, Promoted, SendQueue};
 use super::{Catalog, Hasher, Offered, SourceVolume};
 use crate::core::frame::Frame;
-use crate::core::ids::{BlockId, Class, Name};
+use crate::core::ids::{Class, Name};
 use crate::core::manifest::PageIndex;
 use crate::core::wire::{Control, Data, MAX_ROOTS_PER_MESSAGE, Refusal, VERSIONS, choose_version};
 use crate::handover::{Answer, Epoch, Question};
@@ -420,6 +420,10 @@ impl Session {
     async fn send_roots(&self, flight: u64, handle: u32, first: PageIndex, count: u32) {
         let volume = self.handles.lock().get(&handle).cloned();
         let message = match volume {
+            Some(volume) if volume.manifest.is_closed() => {
+                let gone = super::SourceError::Gone { volume: volume.name.clone() };
+                failed(flight, gone.refusal(), gone.to_string())
+            }
             Some(volume) => {
                 let entries = volume.manifest.roots(first, u64::from(count).min(MAX_ROOTS_PER_MESSAGE as u64));
                 Data::Roots { flight, first, entries }
@@ -485,13 +489,9 @@ fn build(volume: &SourceVolume, item: Item, level: i32) -> Data {
     if item.block.0 >= volume.geometry.blocks() {
         return failed(item.flight, Refusal::BadRequest, format!("there is no block {}", item.block.0));
     }
-    if matches!(volume.is_hole(item.block), Ok(true)) && volume.manifest.check_unchanged().is_ok() {
-        return Data::Block { flight: item.flight, id: BlockId::ZERO, frame: None };
-    }
     match volume.read_block(item.block) {
-        Ok(bytes) => {
-            let id = BlockId::of(&bytes);
-            let frame = (!id.is_zero()).then(|| Frame::encode(&Bytes::from(bytes), level));
+        Ok((id, bytes)) => {
+            let frame = bytes.map(|bytes| Frame::encode(&Bytes::from(bytes), level));
             Data::Block { flight: item.flight, id, frame }
         }
         Err(error) => {

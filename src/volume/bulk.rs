@@ -158,7 +158,6 @@ async fn copy_until_done(volume: &Arc<Volume>, relocation: &Arc<Relocation>) -> 
             Err(error) => {
                 tracing::error!(volume = %volume.name, %error, "the copy cannot go on now; trying again");
                 relocation.bulk.set_state(BulkState::Failed(error.to_string()));
-                relocation.pages.forget();
                 tokio::time::sleep(REST).await;
             }
         }

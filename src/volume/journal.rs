@@ -179,7 +179,9 @@ mod tests {
     fn what_was_not_synced_is_believed_under_the_same_boot_only() {
         let dir = tempfile::tempdir().expect("a folder");
         let geometry = Geometry::new(4 << 16, 1 << 16).expect("a geometry");
-        let image = Arc::new(Image::create(&dir.path().join("d"), 4 << 16).expect("creates"));
+        let image = Arc::new(
+            Image::create(&dir.path().join("d"), 4 << 16, crate::image::Overwrite::OnlyBlank).expect("creates"),
+        );
         let disk = Disk::new(image, Residency::new(geometry), geometry, false);
         let state: Arc<dyn State> = Arc::new(MemoryState::new());
         let mut journal = Journal::new(Arc::clone(&state), "vm".parse().expect("a name"));
@@ -209,7 +211,9 @@ mod tests {
     fn rows_that_could_not_be_dropped_are_dropped_with_the_next_write() {
         let dir = tempfile::tempdir().expect("a folder");
         let geometry = Geometry::new(4 << 16, 1 << 16).expect("a geometry");
-        let image = Arc::new(Image::create(&dir.path().join("d"), 4 << 16).expect("creates"));
+        let image = Arc::new(
+            Image::create(&dir.path().join("d"), 4 << 16, crate::image::Overwrite::OnlyBlank).expect("creates"),
+        );
         let disk = Disk::new(image, Residency::new(geometry), geometry, false);
         let state = Arc::new(MemoryState::new());
         let journal = Journal::new(Arc::clone(&state) as Arc<dyn State>, "vm".parse().expect("a name"));

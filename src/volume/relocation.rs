@@ -194,10 +194,10 @@ async fn demand(volume: &Volume, block: BlockIndex) -> Result<Block, VolumeError
     };
     drop(waits);
     match &fetched {
-        Err(error @ (FetchError::Refused { .. } | FetchError::Inconsistent { .. })) => {
-            *relocation.refusal.lock() = Some(error.to_string());
-            relocation.pages.forget();
-        }
+        // What was announced stays: the source may have another image by now.
+        Err(
+            error @ (FetchError::Refused { .. } | FetchError::Inconsistent { .. } | FetchError::Contradiction { .. }),
+        ) => *relocation.refusal.lock() = Some(error.to_string()),
         Err(FetchError::Gone | FetchError::UnknownPeer) => {}
         Ok(_) => *relocation.refusal.lock() = None,
     }

@@ -9,10 +9,11 @@ use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::core::ids::{BlockId, Class};
+use crate::core::ids::{BlockId, Class, Incarnation};
 use crate::core::residency::Presence;
 use crate::core::scheduler::Limits;
 use crate::fetch::{Expected, Fetch, PeerKey};
+use crate::image::Overwrite;
 use crate::source::{Catalog, Hasher, Manifest, Refused, SourceOptions, SourceVolume, serve_link};
 use crate::store::{MemoryState, MemoryStore, Store};
 use crate::transport::NewLink;
@@ -89,7 +90,9 @@ impl Sites {
         let image = Arc::new(Image::open_read(&path).expect("opens"));
         let geometry = Geometry::new(image.size_bytes(), BLOCK).expect("a geometry");
         let source_state: Arc<dyn State> = Arc::new(MemoryState::new());
-        let manifest = Manifest::open(name("vm"), Arc::clone(&image), geometry, source_state, false).expect("opens");
+        let manifest =
+            Manifest::open(name("vm"), Incarnation([1; 16]), Arc::clone(&image), geometry, source_state, false)
+                .expect("opens");
         let source =
             Arc::new(SourceVolume { name: name("vm"), image, geometry, manifest: Arc::new(manifest), generation: 1 });
         let workers = Workers::start("test", 2, 2).expect("threads");
@@ -142,7 +145,7 @@ impl Sites {
     /// The destination's volume: new, or as it comes back after a restart.
     fn volume(&self, is_new: bool, demand_timeout: Option<Duration>) -> Arc<Volume> {
         let image = if is_new {
-            Image::create(&self.path(), self.geometry().size_bytes).expect("creates")
+            Image::create(&self.path(), self.geometry().size_bytes, Overwrite::OnlyBlank).expect("creates")
         } else {
             self.reopen()
         };
@@ -532,7 +535,9 @@ async fn the_extents_of_a_large_disk_are_told_in_parts() {
     let size_bytes = 1 << 40;
     let parts = VolumeParts {
         name: name("large"),
-        image: Arc::new(Image::create(&dir.path().join("large.raw"), size_bytes).expect("creates")),
+        image: Arc::new(
+            Image::create(&dir.path().join("large.raw"), size_bytes, Overwrite::OnlyBlank).expect("creates"),
+        ),
         geometry: Geometry::new(size_bytes, BLOCK).expect("a geometry"),
         state: Arc::new(MemoryState::new()),
         workers: Workers::start("test", 2, 2).expect("threads"),
@@ -556,7 +561,7 @@ async fn presence_adds_up_to_the_counters() {
     let size_bytes = blocks * BLOCK + tail_bytes;
     let parts = VolumeParts {
         name: name("vm"),
-        image: Arc::new(Image::create(&dir.path().join("vm.raw"), size_bytes).expect("creates")),
+        image: Arc::new(Image::create(&dir.path().join("vm.raw"), size_bytes, Overwrite::OnlyBlank).expect("creates")),
         geometry: Geometry::new(size_bytes, BLOCK).expect("a geometry"),
         state: Arc::new(MemoryState::new()),
         workers: Workers::start("test", 2, 2).expect("threads"),

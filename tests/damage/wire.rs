@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockferry::core::frame::Frame;
-use blockferry::core::ids::{BlockId, Name};
+use blockferry::core::ids::{BlockId, Incarnation, Name};
 use blockferry::core::manifest::{Geometry, Page, PageId};
 use blockferry::core::scheduler::Limits;
 use blockferry::core::wire::{Data, Refusal, RootEntry};
 use blockferry::fetch::{Expected, Fetch, PeerKey};
-use blockferry::image::Image;
+use blockferry::image::{Image, Overwrite};
 use blockferry::source::{Catalog, Hasher, Manifest, Refused, SourceOptions, SourceVolume, serve_link};
 use blockferry::store::{MemoryState, MemoryStore, State, Store};
 use blockferry::transport::memory::pair_with_faults;
@@ -65,7 +65,8 @@ async fn row(what: &str, often: Often, damage: Damage) {
     let image = Arc::new(Image::open_read(&path).expect("opens"));
     let geometry = Geometry::new(image.size_bytes(), BLOCK as u64).expect("a geometry");
     let rows: Arc<dyn State> = Arc::new(MemoryState::new());
-    let manifest = Manifest::open(name("vm"), Arc::clone(&image), geometry, rows, false).expect("opens");
+    let manifest =
+        Manifest::open(name("vm"), Incarnation([1; 16]), Arc::clone(&image), geometry, rows, false).expect("opens");
     let source = SourceVolume { name: name("vm"), image, geometry, manifest: Arc::new(manifest), generation: 1 };
     let catalog = Arc::new(OneVolume(Arc::new(source))) as Arc<dyn Catalog>;
 
@@ -85,7 +86,9 @@ async fn row(what: &str, often: Often, damage: Damage) {
 
     let parts = VolumeParts {
         name: name("vm"),
-        image: Arc::new(Image::create(&dir.path().join("b.raw"), geometry.size_bytes).expect("creates")),
+        image: Arc::new(
+            Image::create(&dir.path().join("b.raw"), geometry.size_bytes, Overwrite::OnlyBlank).expect("creates"),
+        ),
         geometry,
         state: Arc::new(MemoryState::new()) as Arc<dyn State>,
         workers: workers.clone(),

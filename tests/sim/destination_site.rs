@@ -25,7 +25,7 @@ use crate::kept::{KeptStore, OpenState, OpenStore};
 use crate::model::Crash;
 use crate::network::{self, Wire};
 use crate::process::Process;
-use crate::slot::Slot;
+use crate::slot::{Slot, incarnation};
 use crate::source_site::SourceSite;
 use crate::wiretap::{DEMAND_FLIGHTS, READAHEAD_FLIGHTS, Wiretap};
 use crate::world::{Shared, Side};
@@ -341,7 +341,8 @@ impl DestinationLife {
         let begun = self.workers.run(Urgency::Background, move || -> Result<(), String> {
             of.forget_journal().map_err(|error| error.to_string())?;
             let (name, image) = (of.name().clone(), Arc::clone(of.image()));
-            let manifest = Manifest::open_written(name.clone(), Arc::clone(&image), geometry, state);
+            let manifest =
+                Manifest::open_written(name.clone(), incarnation(&name), Arc::clone(&image), geometry, state);
             let manifest = Arc::new(manifest.map_err(|error| error.to_string())?);
             let source = SourceVolume { name, image, geometry, manifest, generation: 1 };
             of.set_observer(Some(Arc::new(source) as _));

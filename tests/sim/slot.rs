@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use blockferry::core::ids::Name;
+use blockferry::core::ids::{BlockId, Incarnation, Name};
 use blockferry::volume::Volume;
 use parking_lot::Mutex;
 
@@ -23,6 +23,12 @@ pub struct Slot {
     pub is_taken: AtomicBool,
     /// Every block is at the destination, by its own journal.
     pub is_complete: Flag,
+}
+
+/// A site makes each volume once in these worlds, so that its name may stand for its number.
+pub fn incarnation(name: &Name) -> Incarnation {
+    let hash = BlockId::of(name.as_str().as_bytes()).0;
+    Incarnation::from_bytes(std::array::from_fn(|at| hash[at]))
 }
 
 /// A volume in one life of one site.

@@ -19,7 +19,7 @@ use crate::disk::DiskFile;
 use crate::kept::OpenState;
 use crate::model::Crash;
 use crate::process::Process;
-use crate::slot::Slot;
+use crate::slot::{Slot, incarnation};
 use crate::world::{Shared, Side};
 
 /// What outlives the source's processes.
@@ -107,8 +107,14 @@ impl SourceSite {
                 workers: workers.clone(),
                 is_owner: !record.is_released,
             }));
-            let manifest =
-                Manifest::open(slot.name.clone(), Arc::clone(&image), geometry, Arc::clone(&state), record.is_released);
+            let manifest = Manifest::open(
+                slot.name.clone(),
+                incarnation(&slot.name),
+                Arc::clone(&image),
+                geometry,
+                Arc::clone(&state),
+                record.is_released,
+            );
             let source = Arc::new(SourceVolume {
                 name: slot.name.clone(),
                 image,
@@ -180,7 +186,7 @@ impl Catalog for SourceLife {
             let source = Arc::clone(&entry.source);
             let sealed = async {
                 entry.volume.fence().await.map_err(|error| internal(error.to_string()))?;
-                let rest = move || source.manifest.check_unchanged().and_then(|()| source.manifest.seal());
+                let rest = move || source.manifest.release();
                 let rested = self.workers.run_apart(&tokio::runtime::Handle::current(), rest).await;
                 rested.map_err(|_| internal("ended".into()))?.map_err(|error| internal(error.to_string()))
             };

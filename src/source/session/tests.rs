@@ -3,7 +3,7 @@
 use futures::future::BoxFuture;
 
 use super::*;
-use crate::core::ids::{BlockIndex, Nonce};
+use crate::core::ids::{BlockIndex, Incarnation, Nonce};
 use crate::core::manifest::Geometry;
 use crate::core::wire::Want;
 use crate::image::Image;
@@ -42,7 +42,8 @@ fn connect() -> Peer {
     let geometry = Geometry::new(3 << 16, 1 << 16).expect("a geometry");
     let name: Name = "vm".parse().expect("a name");
     let state = Arc::new(MemoryState::new());
-    let manifest = Manifest::open(name.clone(), Arc::clone(&image), geometry, state, false).expect("opens");
+    let manifest =
+        Manifest::open(name.clone(), Incarnation([1; 16]), Arc::clone(&image), geometry, state, false).expect("opens");
     let volume = Arc::new(SourceVolume { name, image, geometry, manifest: Arc::new(manifest), generation: 1 });
     let (here, there) = memory::pair("b".parse().expect("a name"), "a".parse().expect("a name"));
     let workers = Workers::start("test", 1, 1).expect("threads");

@@ -35,7 +35,7 @@ proptest! {
     fn a_read_sees_the_guests_bytes_over_the_sources(steps in prop::collection::vec(step(), 1..60), has_residue in any::<bool>()) {
         let dir = tempfile::tempdir().expect("a folder");
         let geometry = Geometry::new(SIZE, BLOCK).expect("a geometry");
-        let image = Arc::new(Image::create(&dir.path().join("d"), SIZE).expect("creates"));
+        let image = Arc::new(Image::create(&dir.path().join("d"), SIZE, crate::image::Overwrite::OnlyBlank).expect("creates"));
         if has_residue {
             image.write_at(0, &vec![0xee; SIZE as usize]).expect("writes");
         }

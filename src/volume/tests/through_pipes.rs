@@ -8,7 +8,7 @@ const LEN: usize = 100_000;
 
 fn parts(dir: &tempfile::TempDir) -> VolumeParts {
     let path = dir.path().join("disk.raw");
-    let image = Image::create(&path, 8 * BLOCK).expect("makes a file");
+    let image = Image::create(&path, 8 * BLOCK, Overwrite::OnlyBlank).expect("makes a file");
     let geometry = Geometry::new(8 * BLOCK, BLOCK).expect("a geometry");
     VolumeParts {
         name: name("vm"),
