@@ -63,7 +63,7 @@ impl Node {
             None => self.prepare_default_image(name)?,
         };
         self.refuse_shared_image(name, &path)?;
-        let overwrite = if request.overwrite { Overwrite::Anything } else { Overwrite::Nothing };
+        let overwrite = if request.overwrite { Overwrite::Anything } else { Overwrite::OnlyBlank };
         let (size_bytes, at) = (remote.geometry.size_bytes, path.clone());
         // Blocking: the folder is synced.
         let made = tokio::task::spawn_blocking(move || Image::create(&at, size_bytes, overwrite)).await;

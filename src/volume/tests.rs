@@ -23,6 +23,7 @@ mod flush_panics;
 mod through_pipes;
 
 const BLOCK: u64 = 65536;
+const INCARNATION: Incarnation = Incarnation([7; 16]);
 
 /// A source site with one volume, and the destination's fetcher and store.
 struct Sites {
@@ -151,6 +152,7 @@ impl Sites {
         };
         let parts = VolumeParts {
             name: name("vm"),
+            incarnation: INCARNATION,
             image: Arc::new(image),
             geometry: self.geometry(),
             state: Arc::clone(&self.state) as Arc<dyn State>,
@@ -535,8 +537,10 @@ async fn the_extents_of_a_large_disk_are_told_in_parts() {
     let size_bytes = 1 << 40;
     let parts = VolumeParts {
         name: name("large"),
+        incarnation: INCARNATION,
         image: Arc::new(
-            Image::create(&dir.path().join("large.raw"), size_bytes, Overwrite::OnlyBlank).expect("creates"),
+            Image::create(&dir.path().join("large.raw"), size_bytes, crate::image::Overwrite::OnlyBlank)
+                .expect("creates"),
         ),
         geometry: Geometry::new(size_bytes, BLOCK).expect("a geometry"),
         state: Arc::new(MemoryState::new()),
@@ -561,7 +565,10 @@ async fn presence_adds_up_to_the_counters() {
     let size_bytes = blocks * BLOCK + tail_bytes;
     let parts = VolumeParts {
         name: name("vm"),
-        image: Arc::new(Image::create(&dir.path().join("vm.raw"), size_bytes, Overwrite::OnlyBlank).expect("creates")),
+        incarnation: INCARNATION,
+        image: Arc::new(
+            Image::create(&dir.path().join("vm.raw"), size_bytes, crate::image::Overwrite::OnlyBlank).expect("creates"),
+        ),
         geometry: Geometry::new(size_bytes, BLOCK).expect("a geometry"),
         state: Arc::new(MemoryState::new()),
         workers: Workers::start("test", 2, 2).expect("threads"),

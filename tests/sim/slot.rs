@@ -50,6 +50,11 @@ impl Slot {
         }
     }
 
+    /// The same in every life: none of its relocations is given up.
+    pub fn incarnation(&self) -> Incarnation {
+        Incarnation(u128::from(self.number).to_be_bytes())
+    }
+
     pub fn serve(&self, volume: Arc<Volume>, process: &Arc<Process>) {
         *self.served[process.side as usize].lock() = Some(Arc::new(Served { volume, process: Arc::clone(process) }));
     }
