@@ -16,7 +16,7 @@ use crate::core::ids::Name;
 use crate::core::wire::Refusal;
 use crate::custody::{Custody, Keeper};
 use crate::fetch::{FetchError, VolumeKey};
-use crate::handover::{Answer, Epoch, Facts, No, Question, Row};
+use crate::handover::{Answer, Epoch, Facts, No, Question, Row, State};
 use crate::source::{SourceError, SourceVolume};
 use crate::volume::{Volume, VolumeError, run_bulk};
 
@@ -156,6 +156,11 @@ impl Entry {
         drop(record);
         if let Some(held) = &row.held {
             tracing::info!(volume = %self.name, epoch = %held.epoch, state = ?held.state, "ownership");
+        }
+        let source = self.source.lock().clone();
+        if let (Some(source), Some(State::Owned)) = (source, row.held.as_ref().map(|held| &held.state)) {
+            // It rests no more. Before any write is admitted; if it fails, all of this is done again.
+            source.manifest.take_back().map_err(|error| error.to_string())?;
         }
         if row.is_new_content {
             node.renew_generation(self);

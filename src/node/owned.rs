@@ -268,8 +268,8 @@ impl Node {
     }
 
     /// Whether a guest's write was acknowledged, by what is journalled: of a volume whose image cannot be opened.
-    pub(super) fn was_written(&self, record: &VolumeRecord) -> Result<bool, crate::volume::VolumeError> {
-        crate::volume::was_written(&*self.state, &record.name, record.incarnation, record.geometry)
+    pub(super) fn was_written(&self, record: &VolumeRecord) -> Result<bool, RecordError> {
+        Ok(crate::volume::was_written(&*self.state, record.incarnation)?)
     }
 
     /// Deletes the file that was made for a volume, and no other that has its name by now.

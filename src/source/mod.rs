@@ -6,16 +6,18 @@ mod manifest;
 mod queue;
 mod session;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
 
-use crate::core::ids::{BlockId, BlockIndex, Name, Nonce};
+use crate::core::ids::{BlockId, BlockIndex, Incarnation, Name, Nonce};
 use crate::core::manifest::Geometry;
 use crate::core::wire::Refusal;
 use crate::handover::{Answer, Question};
 use crate::image::{Image, ImageError};
+use crate::store::{State, StateBatch, StateError};
 
 pub use hasher::Hasher;
 pub use manifest::Manifest;
@@ -91,6 +93,22 @@ pub enum SourceError {
         /// Why.
         source: crate::store::StateError,
     },
+}
+
+/// Deletes what is kept of images that none of `known` is: of volumes that are gone, and by names, as earlier versions did.
+pub fn forget_strangers(state: &dyn State, known: &[Incarnation]) -> Result<(), StateError> {
+    let mut strangers = BTreeSet::new();
+    let is_known = |key: &[u8]| known.iter().any(|of| key.starts_with(format!("hash/{of}/").as_bytes()));
+    state.scan(b"hash/", &mut |key, _| {
+        if !is_known(key) {
+            let end = key.iter().skip(5).position(|byte| *byte == b'/').map_or(key.len(), |at| at + 6);
+            strangers.insert(key[..end].to_vec());
+        }
+        true
+    })?;
+    let mut batch = StateBatch::default();
+    strangers.into_iter().for_each(|prefix| batch.delete_prefix(prefix));
+    if batch.is_empty() { Ok(()) } else { state.write_batch(batch, true) }
 }
 
 impl SourceError {

@@ -73,7 +73,8 @@ impl WriteGate {
         self.drained().await;
     }
 
-    fn shut(&self) {
+    /// Admits nothing until it is opened. What was admitted may still be under way.
+    pub(super) fn shut(&self) {
         self.state.fetch_or(SHUT, Ordering::AcqRel);
     }
 

@@ -234,6 +234,11 @@ pub fn forget_strangers(state: &dyn State, known: &[Incarnation]) -> Result<usiz
     Ok(count)
 }
 
+/// Whether a guest's write was ever acknowledged, of a volume whose image cannot be opened.
+pub fn was_written(state: &dyn State, incarnation: Incarnation) -> Result<bool, StateError> {
+    Ok(state.get(format!("{}guest", of(incarnation)).as_bytes())?.is_some())
+}
+
 /// Takes over the rows that an earlier version kept under the volume's name, durably; how many there were. Together with the record that
 /// gets its incarnation: before that is written, and again if it comes to nothing.
 pub fn adopt_named(state: &dyn State, volume: &Name, incarnation: Incarnation) -> Result<usize, StateError> {

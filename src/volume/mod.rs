@@ -42,7 +42,7 @@ use life::Life;
 pub use bulk::{BulkState, run_bulk};
 pub use error::VolumeError;
 pub use gate::Fence;
-pub use journal::{adopt_named, forget_strangers};
+pub use journal::{adopt_named, forget_strangers, was_written};
 pub use relocation::Relocation;
 pub use stats::{Moved, Reads, Snapshot};
 
@@ -254,6 +254,38 @@ impl Volume {
         if !self.life.is_closed() {
             self.image().begin_writeback();
         }
+    }
+
+    /// Admits no write from now on. Those under way may go on: see [`Volume::drained`].
+    pub fn bar(&self) {
+        self.gate.shut();
+    }
+
+    /// Returns when the writes that were admitted have ended. Of use where no more are: see [`Volume::bar`].
+    pub async fn drained(&self) {
+        self.gate.drained().await;
+    }
+
+    /// Makes zeros of what never arrived, under what guests wrote, durably: a person gave it up. Returns how many bytes of blocks these
+    /// are. From then on every block is here.
+    pub async fn fill_absent(&self) -> Result<u64, VolumeError> {
+        let disk = Arc::clone(&self.disk);
+        let filled = self.on_change_lane(move || {
+            let (mut from, blocks, mut filled) = (0, disk.geometry.blocks(), 0);
+            while let Some(block) = disk.bits().first_absent(from..blocks) {
+                // Some at a time: guests' writes get their turn.
+                let end = (block.0 + FILLED_AT_ONCE_BLOCKS).min(blocks);
+                let absent: Vec<BlockIndex> =
+                    (block.0..end).map(BlockIndex).filter(|block| !disk.bits().is_resident(*block)).collect();
+                filled += disk.land_zeros(&absent)?;
+                from = end;
+            }
+            Ok(filled)
+        });
+        let filled = filled.await?;
+        self.flush().await?;
+        self.is_complete.store(true, Ordering::Release);
+        Ok(filled)
     }
 
     /// Admits writes: this site is the owner. Not while somebody holds a [`Fence`], nor once it is closed.
@@ -860,6 +892,9 @@ fn zero(disk: &Disk, range: &Range<u64>, may_punch: bool) -> Result<(), ImageErr
     }
     Ok(())
 }
+
+/// Blocks that are given up at a time.
+const FILLED_AT_ONCE_BLOCKS: u64 = 256;
 
 /// Blocks that are zeroed at a time.
 const ZEROED_AT_ONCE_BLOCKS: u64 = 1024;
