@@ -226,7 +226,7 @@ impl Site<'_> {
         let source = OneVolume::filled(&self.path("source"), geometry);
         let fetch = Fetch::start(Limits::default(), Arc::new(MemoryStore::new(0))).expect("threads");
         let (links, new_links) = tokio::sync::mpsc::channel(1);
-        fetch.add_peer(PeerKey(0), named("source"), named("destination"), new_links, self.workers.clone());
+        fetch.add_peer(PeerKey(0), named("source"), named("destination"), new_links, self.workers.clone(), Arc::new(Stranger));
         let (here, there) = memory::pair(named("destination"), named("source"));
         let options = SourceOptions { site: named("source"), zstd_level: None };
         let hasher = Hasher::start().expect("a thread");
@@ -268,17 +268,16 @@ impl OneVolume {
 }
 
 impl Catalog for OneVolume {
-    fn open(&self, _: &Name, _: &Name) -> Result<(Arc<SourceVolume>, u64), Refused> {
-        Ok((Arc::clone(&self.0), 1))
+    fn open(&self, _: &Name, _: &Name) -> Result<Offered, Refused> {
+        Ok(Offered { source: Arc::clone(&self.0), epoch: 1, is_read_only: false })
     }
-    fn take_over<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
+
+    fn ask(&self, _: &Name, _: &Name, question: Question) -> BoxFuture<'static, Answer> {
+        Box::pin(std::future::ready(Answer::Done(question.epoch())))
     }
-    fn completed<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
-    }
-    fn give_back<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
+
+    fn greet(&self, _: &Name, _: Option<std::net::SocketAddr>, _: Nonce, _: Nonce) -> Result<(), String> {
+        Ok(())
     }
 }
 

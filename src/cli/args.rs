@@ -41,7 +41,8 @@ pub(super) enum Verb {
     Volume(VolumeVerb),
     /// Bring volumes here: said at the destination. Each is served at once, on demand, and copied meanwhile.
     ///
-    /// What several of them have in common is fetched once. Relocations go on in the daemon when this command ends.
+    /// This command ends when the volumes are owned here (with --wait: when all of them is here), or when it is certain
+    /// that one will not be. What several of them have in common is fetched once. Copies go on in the daemon.
     #[command(after_help = "Examples:\n  \
         blockferry relocate site-b/web-01 --image /srv/web-01.raw --wait\n  \
         blockferry relocate site-b/web-01 site-b/web-02 --bulk-rate 50Mbit/s\n  \
@@ -347,7 +348,7 @@ fn parse_timeout(text: &str) -> Result<Span, String> {
     match text.parse() {
         Ok(Span(duration)) if duration.is_zero() => Err("nothing can be handed over in no time".to_owned()),
         Ok(span) => Ok(span),
-        Err(error) => Err(crate::units::UnitError::to_string(&error)),
+        Err(error) => Err(error.to_string()),
     }
 }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt, ready};
 use parking_lot::Mutex;
@@ -13,7 +14,8 @@ use tokio::sync::oneshot;
 use super::*;
 use crate::core::ids::Name;
 
-/// What a volume's name makes of it: `bad-...` fails, `slow` is never answered, `precious` cannot be cancelled.
+/// What a volume's name makes of it: `bad-...` fails, `slow` is never answered, `precious` cannot be cancelled. The
+/// hand-over of `late-...` takes two looks, that of `stuck-...` does not end, that of `withdrawn-...` is withdrawn.
 #[derive(Default)]
 pub(crate) struct FakeSite {
     pub volumes: Mutex<BTreeMap<Name, VolumeStatus>>,
@@ -23,7 +25,7 @@ pub(crate) struct FakeSite {
     prewarms: Mutex<Vec<(Vec<PathBuf>, u64)>>,
     /// The next status waits for this.
     pub gate: Mutex<Option<oneshot::Receiver<()>>>,
-    /// The next removal waits for this.
+    /// The next removal or relocation waits for this.
     pub change_gate: Mutex<Option<oneshot::Receiver<()>>>,
 }
 
@@ -106,7 +108,15 @@ impl FakeSite {
     fn advance(volume: &mut VolumeStatus) {
         let text = volume.name.to_string();
         match volume.phase {
+            Phase::Connecting
+                if text.starts_with("stuck")
+                    || (volume.phase_reason.is_empty()
+                        && ["late", "withdrawn"].iter().any(|s| text.starts_with(s))) =>
+            {
+                volume.phase_reason = "site-b is writing back its cache before the hand-over".into();
+            }
             Phase::Connecting => {
+                volume.phase_reason.clear();
                 volume.phase = Phase::Copying;
                 volume.eta_s = Some(60.0);
                 volume.blocks.absent = 8192;
@@ -185,6 +195,11 @@ impl Site for FakeSite {
             FakeSite::advance(volume);
             volume.clone()
         });
+        if found.as_ref().is_some_and(|volume| volume.phase == Phase::Copying) && name.as_str().starts_with("withdrawn")
+        {
+            let message = format!("the hand-over of {name} was withdrawn: it took more than 5m");
+            return ready(Err(ApiError::new(ErrorKind::Conflict, message, "relocate it again"))).boxed();
+        }
         ready(found.ok_or_else(|| FakeSite::missing(&name))).boxed()
     }
 
@@ -237,7 +252,14 @@ impl Site for FakeSite {
                 Err(ApiError::new(ErrorKind::Conflict, message, "cancel or remove that one first"))
             });
         }
-        ready(results).boxed()
+        let gate = self.change_gate.lock().take();
+        async move {
+            if let Some(gate) = gate {
+                let _ = gate.await;
+            }
+            results
+        }
+        .boxed()
     }
 
     fn pause(&self, name: Name) -> Answer<'_, ()> {
@@ -327,9 +349,13 @@ pub(crate) struct FakeDaemon {
 impl FakeDaemon {
     /// Must be called within a tokio runtime.
     pub(crate) fn start() -> FakeDaemon {
+        FakeDaemon::answering_within(REQUEST_TIMEOUT)
+    }
+
+    pub(crate) fn answering_within(timeout: Duration) -> FakeDaemon {
         let dir = tempfile::tempdir().expect("a directory");
         let site = FakeSite::with_volumes();
-        let server = ControlServer::bind(&dir.path().join("control.sock")).expect("bound");
+        let server = ControlServer::bind(&dir.path().join("control.sock")).expect("bound").within(timeout);
         let served: Arc<dyn Site> = site.clone();
         tokio::spawn(server.serve(served, std::future::pending()));
         FakeDaemon { site, dir }

@@ -49,6 +49,7 @@ pub const MAX_CONNECTIONS: usize = 64;
 #[derive(Debug)]
 pub struct ControlServer {
     socket: ControlSocket,
+    timeout: Duration,
 }
 
 /// The body of every answer that is an error.
@@ -64,7 +65,13 @@ impl ControlServer {
     /// Makes the socket and listens; clients that connect from now on wait for [`ControlServer::serve`]. Must be called
     /// within a tokio runtime.
     pub fn bind(socket_path: &Path) -> Result<ControlServer, SocketError> {
-        ControlSocket::bind(socket_path).map(|socket| ControlServer { socket })
+        ControlSocket::bind(socket_path).map(|socket| ControlServer { socket, timeout: REQUEST_TIMEOUT })
+    }
+
+    /// The same with another time than [`REQUEST_TIMEOUT`].
+    #[cfg(test)]
+    pub(super) fn within(self, timeout: Duration) -> ControlServer {
+        ControlServer { timeout, ..self }
     }
 
     /// Where it listens.
@@ -81,12 +88,12 @@ impl ControlServer {
     ) -> io::Result<()> {
         let (listener, file) = self.socket.into_parts();
         let listener = Bounded { listener, permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)) };
-        let bounds = Bounds::new(REQUEST_TIMEOUT);
+        let bounds = Bounds::new(self.timeout);
         let under_way = bounds.under_way.clone();
         let served = axum::serve(listener, router(site, bounds)).with_graceful_shutdown(shutdown).await;
         // Those whose clients left: they have begun to change something.
         under_way.close();
-        if tokio::time::timeout(REQUEST_TIMEOUT, under_way.wait()).await.is_err() {
+        if tokio::time::timeout(self.timeout, under_way.wait()).await.is_err() {
             tracing::warn!(count = under_way.len(), "control requests are cut off: they did not end in time");
         }
         drop(file);

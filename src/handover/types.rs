@@ -178,6 +178,18 @@ pub enum Question {
     },
 }
 
+impl Question {
+    /// The epoch that it speaks of.
+    pub fn epoch(&self) -> Epoch {
+        match self {
+            Question::TakeOver { epoch, .. }
+            | Question::GiveBack { epoch }
+            | Question::Completed { epoch }
+            | Question::Reclaimed { epoch } => *epoch,
+        }
+    }
+}
+
 /// The answer to a question.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Answer {

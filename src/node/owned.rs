@@ -43,7 +43,8 @@ impl Node {
         self.failures.lock().remove(&add.name);
         // First: the lock on the image would only say that somebody has it.
         self.refuse_shared_image(&add.name, &add.image)?;
-        let internal = |error: String| ApiError::new(ErrorKind::Internal, format!("volume {}: {error}", add.name), "");
+        let name = add.name.clone();
+        let internal = |error: String| ApiError::new(ErrorKind::Internal, format!("volume {name}: {error}"), "");
         let left = self.records.left(&add.name).map_err(|error| internal(error.to_string()))?;
         if let Some(to) = left.as_ref().and_then(|left| left.to.as_ref()).filter(|_| !add.again) {
             return Err(ApiError::new(
@@ -53,7 +54,7 @@ impl Node {
             ));
         }
         let node = Arc::clone(self);
-        let (name, again) = (add.name.clone(), add.again);
+        let again = add.again;
         let added = tokio::task::spawn_blocking(move || node.make_owned(add, left.map(|left| left.epoch))).await;
         let entry = added.map_err(|error| internal(error.to_string()))??;
         entry.custody().settled().await;

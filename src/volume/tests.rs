@@ -9,12 +9,13 @@ use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::core::ids::{BlockId, Class, Incarnation};
+use crate::core::ids::{BlockId, Class, Incarnation, Nonce};
 use crate::core::residency::Presence;
 use crate::core::scheduler::Limits;
-use crate::fetch::{Expected, Fetch, PeerKey};
+use crate::fetch::{Expected, Fetch, PeerKey, Stranger};
+use crate::handover::{Answer, Question};
 use crate::image::Overwrite;
-use crate::source::{Catalog, Hasher, Manifest, Refused, SourceOptions, SourceVolume, serve_link};
+use crate::source::{Catalog, Hasher, Manifest, Offered, Refused, SourceOptions, SourceVolume, serve_link};
 use crate::store::{MemoryState, MemoryStore, Store};
 use crate::transport::NewLink;
 use crate::transport::memory::{Fault, pair_with_faults};
@@ -44,18 +45,20 @@ struct OneVolume {
 }
 
 impl Catalog for OneVolume {
-    fn open(&self, _peer: &Name, _volume: &Name) -> Result<(Arc<SourceVolume>, u64), Refused> {
-        Ok((Arc::clone(&self.source), self.epoch.load(Ordering::Relaxed) as u64))
+    fn open(&self, _peer: &Name, _volume: &Name) -> Result<Offered, Refused> {
+        let epoch = self.epoch.load(Ordering::Relaxed) as u64;
+        Ok(Offered { source: Arc::clone(&self.source), epoch, is_read_only: false })
     }
-    fn take_over<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        self.epoch.store(epoch as usize, Ordering::Relaxed);
-        Box::pin(std::future::ready(Ok(epoch)))
+
+    fn ask(&self, _: &Name, _: &Name, question: Question) -> BoxFuture<'static, Answer> {
+        if let Question::TakeOver { epoch, .. } = question {
+            self.epoch.store(epoch.0 as usize, Ordering::Relaxed);
+        }
+        Box::pin(std::future::ready(Answer::Done(question.epoch())))
     }
-    fn completed<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
-    }
-    fn give_back<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch + 1)))
+
+    fn greet(&self, _: &Name, _: Option<std::net::SocketAddr>, _: Nonce, _: Nonce) -> Result<(), String> {
+        Ok(())
     }
 }
 
@@ -100,7 +103,7 @@ impl Sites {
         let store = Arc::new(MemoryStore::new(1 << 30));
         let fetch = Fetch::start(Limits::default(), Arc::clone(&store) as Arc<dyn Store>).expect("threads");
         let (links, new_links) = mpsc::channel(1);
-        fetch.add_peer(PeerKey(0), name("source"), name("destination"), new_links, workers.clone());
+        fetch.add_peer(PeerKey(0), name("source"), name("destination"), new_links, workers.clone(), Arc::new(Stranger));
         Sites {
             dir,
             content,

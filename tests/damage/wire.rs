@@ -32,17 +32,16 @@ fn name(text: &str) -> Name {
 struct OneVolume(Arc<SourceVolume>);
 
 impl Catalog for OneVolume {
-    fn open(&self, _: &Name, _: &Name) -> Result<(Arc<SourceVolume>, u64), Refused> {
-        Ok((Arc::clone(&self.0), 1))
+    fn open(&self, _: &Name, _: &Name) -> Result<Offered, Refused> {
+        Ok(Offered { source: Arc::clone(&self.0), epoch: 1, is_read_only: false })
     }
-    fn take_over<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
+
+    fn ask(&self, _: &Name, _: &Name, question: Question) -> BoxFuture<'static, Answer> {
+        Box::pin(std::future::ready(Answer::Done(question.epoch())))
     }
-    fn completed<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
-    }
-    fn give_back<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch + 1)))
+
+    fn greet(&self, _: &Name, _: Option<std::net::SocketAddr>, _: Nonce, _: Nonce) -> Result<(), String> {
+        Ok(())
     }
 }
 
@@ -74,7 +73,7 @@ async fn row(what: &str, often: Often, damage: Damage) {
     let store = Arc::new(MemoryStore::new(1 << 30)) as Arc<dyn Store>;
     let fetch = Fetch::start(Limits::default(), store).expect("threads");
     let (links, new_links) = tokio::sync::mpsc::channel(1);
-    fetch.add_peer(PeerKey(0), name("a"), name("b"), new_links, workers.clone());
+    fetch.add_peer(PeerKey(0), name("a"), name("b"), new_links, workers.clone(), Arc::new(Stranger));
     let hasher = Hasher::start().expect("a thread");
     let connect = async || {
         let (here, there, fault) = pair_with_faults(name("b"), name("a"));

@@ -14,17 +14,19 @@ use crate::transport::memory;
 struct OneVolume(Arc<SourceVolume>);
 
 impl Catalog for OneVolume {
-    fn open(&self, _peer: &Name, volume: &Name) -> Result<(Arc<SourceVolume>, u64), Refused> {
-        if *volume == self.0.name { Ok((Arc::clone(&self.0), 1)) } else { Err((Refusal::UnknownVolume, "none".into())) }
+    fn open(&self, _peer: &Name, volume: &Name) -> Result<Offered, Refused> {
+        match *volume == self.0.name {
+            true => Ok(Offered { source: Arc::clone(&self.0), epoch: 1, is_read_only: false }),
+            false => Err((Refusal::UnknownVolume, 0, "none".into())),
+        }
     }
-    fn take_over<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
+
+    fn ask(&self, _: &Name, _: &Name, question: Question) -> BoxFuture<'static, Answer> {
+        Box::pin(std::future::ready(Answer::Done(question.epoch())))
     }
-    fn completed<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
-    }
-    fn give_back<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
+
+    fn greet(&self, _: &Name, _: Option<std::net::SocketAddr>, _: Nonce, _: Nonce) -> Result<(), String> {
+        Ok(())
     }
 }
 
