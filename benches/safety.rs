@@ -16,13 +16,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockferry::core::ids::{Incarnation, Name};
+use blockferry::core::ids::{Incarnation, Name, Nonce};
 use blockferry::core::manifest::Geometry;
 use blockferry::core::residency::Presence;
 use blockferry::core::scheduler::Limits;
-use blockferry::fetch::{Expected, Fetch, PeerKey};
+use blockferry::fetch::{Expected, Fetch, PeerKey, Stranger};
+use blockferry::handover::{Answer, Question};
 use blockferry::image::{Image, Overwrite};
-use blockferry::source::{Catalog, Hasher, Manifest, Refused, SourceOptions, SourceVolume, serve_link};
+use blockferry::source::{Catalog, Hasher, Manifest, Offered, Refused, SourceOptions, SourceVolume, serve_link};
 use blockferry::store::{MemoryState, MemoryStore, State, StateDb};
 use blockferry::transport::memory;
 use blockferry::volume::{Relocation, Volume, VolumeParts};
@@ -226,7 +227,14 @@ impl Site<'_> {
         let source = OneVolume::filled(&self.path("source"), geometry);
         let fetch = Fetch::start(Limits::default(), Arc::new(MemoryStore::new(0))).expect("threads");
         let (links, new_links) = tokio::sync::mpsc::channel(1);
-        fetch.add_peer(PeerKey(0), named("source"), named("destination"), new_links, self.workers.clone(), Arc::new(Stranger));
+        fetch.add_peer(
+            PeerKey(0),
+            named("source"),
+            named("destination"),
+            new_links,
+            self.workers.clone(),
+            Arc::new(Stranger),
+        );
         let (here, there) = memory::pair(named("destination"), named("source"));
         let options = SourceOptions { site: named("source"), zstd_level: None };
         let hasher = Hasher::start().expect("a thread");

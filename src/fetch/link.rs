@@ -12,7 +12,7 @@ use tokio::sync::mpsc::{self, WeakUnboundedSender};
 
 use super::{BULK_BUDGET_KIB, Budgeted, Command, Greeting, PeerKey};
 use crate::core::frame::Frame;
-use crate::core::ids::{BlockId, Name, Nonce};
+use crate::core::ids::{BlockId, Name};
 use crate::core::manifest::PageIndex;
 use crate::core::wire::{Control, Data, Refusal, RootEntry, VERSIONS, WireError};
 use crate::seeded_bugs::{Bug, is_planted};

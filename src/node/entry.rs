@@ -410,6 +410,11 @@ pub(super) fn answer_of(asked: Result<u64, FetchError>) -> Option<Answer> {
             let holds = Some(Epoch(epoch)).filter(|epoch| epoch.0 > 0);
             Some(Answer::Refused(holds, No::Peer { peer, refusal, why }))
         }
-        Err(FetchError::Inconsistent { .. } | FetchError::Gone | FetchError::UnknownPeer) => None,
+        Err(
+            FetchError::Inconsistent { .. }
+            | FetchError::Contradiction { .. }
+            | FetchError::Gone
+            | FetchError::UnknownPeer,
+        ) => None,
     }
 }

@@ -33,7 +33,7 @@ pub(super) fn api_error(name: &Name, no: &No) -> ApiError {
 pub(super) fn refused(name: &Name, peer: &Name, error: &FetchError) -> ApiError {
     let kind = match error {
         FetchError::Refused { refusal, .. } => kind_of(*refusal),
-        FetchError::Inconsistent { .. } => ErrorKind::Refused,
+        FetchError::Inconsistent { .. } | FetchError::Contradiction { .. } => ErrorKind::Refused,
         FetchError::Gone | FetchError::UnknownPeer => ErrorKind::Internal,
     };
     ApiError::new(kind, format!("volume {name}: {error}"), format!("nothing was begun; see the log of {peer}"))

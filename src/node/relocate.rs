@@ -14,7 +14,7 @@ use crate::control::{
 use crate::core::ids::{Incarnation, Name};
 use crate::custody::Keeper;
 use crate::fetch::{Expected, PeerKey, Remote, VolumeKey};
-use crate::handover::{Epoch, Generation, Held, Machine, No, State, Verb};
+use crate::handover::{Epoch, Generation, Held, Machine, State, Verb};
 use crate::image::{Image, Overwrite};
 use crate::units::Patience;
 use crate::volume::{Relocation, Volume, VolumeParts};

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockferry::core::frame::Frame;
-use blockferry::core::ids::{BlockId, Incarnation, Name};
+use blockferry::core::ids::{BlockId, Incarnation, Name, Nonce};
 use blockferry::core::manifest::{Geometry, Page, PageId};
 use blockferry::core::scheduler::Limits;
 use blockferry::core::wire::{Data, Refusal, RootEntry};
-use blockferry::fetch::{Expected, Fetch, PeerKey};
+use blockferry::fetch::{Expected, Fetch, PeerKey, Stranger};
+use blockferry::handover::{Answer, Question};
 use blockferry::image::{Image, Overwrite};
-use blockferry::source::{Catalog, Hasher, Manifest, Refused, SourceOptions, SourceVolume, serve_link};
+use blockferry::source::{Catalog, Hasher, Manifest, Offered, Refused, SourceOptions, SourceVolume, serve_link};
 use blockferry::store::{MemoryState, MemoryStore, State, Store};
 use blockferry::transport::memory::pair_with_faults;
 use blockferry::volume::{Relocation, Volume, VolumeParts, run_bulk};
