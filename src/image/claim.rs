@@ -28,7 +28,9 @@ impl Claim {
             true => Thing::Device(meta.rdev()),
             false => Thing::File(meta.dev(), meta.ino()),
         };
-        HELD.lock().insert(thing).then_some(Claim(thing))
+        // Lazily: a claim that was not taken must not be dropped, which would let go of another's.
+        let is_taken = HELD.lock().insert(thing);
+        is_taken.then(|| Claim(thing))
     }
 }
 
