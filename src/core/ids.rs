@@ -220,9 +220,79 @@ impl fmt::Debug for Name {
     }
 }
 
+/// A random number that a site takes anew for each of its lives: a copy of its state, under the same key, has another.
+/// [`Nonce::NONE`] stands for "none yet".
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Nonce(pub [u8; 16]);
+
+/// Why a string is no nonce.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no nonce: it must be 32 hexadecimal digits")]
+pub struct BadNonce(pub String);
+
+impl Nonce {
+    /// No nonce: what was never taken or never acknowledged.
+    pub const NONE: Nonce = Nonce([0; 16]);
+
+    /// Whether this stands for "none yet".
+    pub fn is_none(&self) -> bool {
+        *self == Nonce::NONE
+    }
+}
+
+impl FromStr for Nonce {
+    type Err = BadNonce;
+    fn from_str(text: &str) -> Result<Self, BadNonce> {
+        let mut bytes = [0; 16];
+        match hex::decode_to_slice(text, &mut bytes) {
+            Ok(()) => Ok(Nonce(bytes)),
+            Err(_) => Err(BadNonce(text.chars().take(64).collect())),
+        }
+    }
+}
+
+impl TryFrom<String> for Nonce {
+    type Error = BadNonce;
+    fn try_from(text: String) -> Result<Self, BadNonce> {
+        text.parse()
+    }
+}
+
+impl From<Nonce> for String {
+    fn from(nonce: Nonce) -> String {
+        nonce.to_string()
+    }
+}
+
+impl fmt::Display for Nonce {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+impl fmt::Debug for Nonce {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nonces_are_hexadecimal_text() {
+        let nonce = Nonce([0xa5; 16]);
+        let json = serde_json::to_string(&nonce).expect("serialises");
+        assert_eq!(json, format!("\"{}\"", "a5".repeat(16)));
+        assert_eq!(serde_json::from_str::<Nonce>(&json).expect("reads back"), nonce);
+        assert_eq!(format!("{nonce:?}"), "a5".repeat(16));
+        for bad in ["", "a5", &"a5".repeat(17), &"g5".repeat(16)] {
+            assert!(bad.parse::<Nonce>().is_err(), "{bad:?}");
+        }
+        assert!(Nonce::default().is_none() && !nonce.is_none());
+    }
 
     #[test]
     fn block_sizes_are_powers_of_two_in_range() {

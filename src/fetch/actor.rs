@@ -91,6 +91,8 @@ struct Actor {
     /// Opens on the wire by their number, also of volumes that were closed since: their answers are counted.
     opens: HashMap<u32, (PeerKey, VolumeKey)>,
     next_request: u32,
+    /// Handles that are given up with the next frames.
+    closing: Vec<(PeerKey, u32)>,
     waiters: HashMap<WaiterId, Waiting>,
     /// Verified and not in the store yet: answered from here.
     unstored: HashMap<BlockId, Bytes>,
@@ -115,6 +117,7 @@ pub(super) async fn run(
         next_question: 1,
         opens: HashMap::new(),
         next_request: 1,
+        closing: Vec::new(),
         waiters: HashMap::new(),
         unstored: HashMap::new(),
         unstored_bytes: 0,
@@ -295,6 +298,8 @@ impl Actor {
             volume.handle = None;
         }
         self.opens.retain(|_, (peer, _)| *peer != key);
+        // They were the lost connection's.
+        self.closing.retain(|(peer, _)| *peer != key);
         let volumes = &self.volumes;
         for question in self.questions.values_mut() {
             if volumes.get(&question.key).is_some_and(|volume| volume.peer == key) {
@@ -333,8 +338,12 @@ impl Actor {
 
     fn control(&mut self, key: PeerKey, frame: Control) {
         match frame {
-            Control::Opened { request, handle, geometry, generation, epoch } => {
+            Control::Opened { request, handle, geometry, generation, epoch, is_read_only: _ } => {
                 let Some(volume_key) = self.take_open(key, request) else { return };
+                if !self.volumes.contains_key(&volume_key) {
+                    // Closed while its answer was on the way.
+                    self.closing.push((key, handle));
+                }
                 self.opened(volume_key, Remote { key: volume_key, geometry, generation, epoch }, handle);
                 self.after_open(key);
             }
@@ -349,9 +358,9 @@ impl Actor {
                     let _ = reply.send(Ok(epoch));
                 }
             }
-            Control::Refused { request, refusal, why } => {
+            Control::Refused { request, refusal, epoch, why } => {
                 let Some(peer) = self.peers.get(&key).map(|peer| peer.name.clone()) else { return };
-                let error = FetchError::Refused { peer, refusal, why };
+                let error = FetchError::Refused { peer, refusal, epoch, why };
                 if let Some(volume_key) = self.take_open(key, request) {
                     self.open_refused(volume_key, error);
                     self.after_open(key);
@@ -398,6 +407,7 @@ impl Actor {
                 "it is no longer the image whose relocation was begun ({} bytes, generation {}; it was {} bytes, generation {})",
                 found.geometry.size_bytes, found.generation, expected.geometry.size_bytes, expected.generation
             );
+            self.closing.push((volume.peer, handle));
             let Some(peer) = self.peers.get(&volume.peer).map(|peer| peer.name.clone()) else { return };
             let error = FetchError::Inconsistent { peer, volume: volume.name.clone(), why };
             self.open_refused(key, error);
@@ -487,9 +497,11 @@ impl Actor {
         let (request, flight) = (self.next_request, self.next_request);
         self.next_request = self.next_request.wrapping_add(1);
         let frame = match &question.what {
-            Ask::TakeOver(epoch, _) => Control::TakeOver { request, handle, epoch: *epoch },
-            Ask::Completed(epoch, _) => Control::Completed { request, handle, epoch: *epoch },
-            Ask::GiveBack(epoch, _) => Control::GiveBack { request, handle, epoch: *epoch },
+            Ask::TakeOver(epoch, _) => {
+                Control::TakeOver { request, epoch: *epoch, take: false, volume: volume.name.clone() }
+            }
+            Ask::Completed(epoch, _) => Control::Completed { request, epoch: *epoch, volume: volume.name.clone() },
+            Ask::GiveBack(epoch, _) => Control::GiveBack { request, epoch: *epoch, volume: volume.name.clone() },
             Ask::Page(page, _) => Control::Page { flight: ASK_FLIGHTS | u64::from(flight), handle, page: *page },
             Ask::Roots(first, count, _) => {
                 Control::Roots { flight: ASK_FLIGHTS | u64::from(flight), handle, first: *first, count: *count }
@@ -575,7 +587,7 @@ impl Actor {
                 } else if let Some(question) = self.questions.remove(&(flight & !ASK_FLIGHTS))
                     && let Some(peer) = self.peers.get(&peer)
                 {
-                    question.what.fail(FetchError::Refused { peer: peer.name.clone(), refusal, why });
+                    question.what.fail(FetchError::Refused { peer: peer.name.clone(), refusal, epoch: 0, why });
                 }
             }
             Arrived::Page { flight, page, bytes, frame } => {
@@ -625,7 +637,7 @@ impl Actor {
         {
             for waiter in landed.waiters {
                 if let Some(waiting) = self.waiters.remove(&waiter.id) {
-                    let error = FetchError::Refused { peer: peer.name.clone(), refusal, why: why.clone() };
+                    let error = FetchError::Refused { peer: peer.name.clone(), refusal, epoch: 0, why: why.clone() };
                     let _ = waiting.reply.send(Err(error));
                 }
             }
@@ -654,7 +666,7 @@ impl Actor {
                 let refusal = Refusal::BadRequest;
                 let peer = self.peers.values().next().map(|peer| peer.name.clone());
                 if let Some(peer) = peer {
-                    let _ = waiting.reply.send(Err(FetchError::Refused { peer, refusal, why }));
+                    let _ = waiting.reply.send(Err(FetchError::Refused { peer, refusal, epoch: 0, why }));
                 }
                 continue;
             }
@@ -672,7 +684,9 @@ impl Actor {
     }
 
     fn close(&mut self, now: Now, key: VolumeKey) {
-        self.volumes.remove(&key);
+        if let Some(Volume { peer, handle: Some(handle), .. }) = self.volumes.remove(&key) {
+            self.closing.push((peer, handle));
+        }
         for waiter in self.scheduler.remove_volume(now, key) {
             if let Some(waiting) = self.waiters.remove(&waiter.id) {
                 let _ = waiting.reply.send(Err(FetchError::Gone));
@@ -756,6 +770,12 @@ impl Actor {
         }
         for peer in self.peers.values_mut() {
             peer.flush_wants();
+        }
+        // Behind what the scheduler takes back for them: otherwise the source would refuse it.
+        for (peer, handle) in self.closing.drain(..) {
+            if let Some(peer) = self.peers.get_mut(&peer) {
+                peer.send(&Control::Close { handle });
+            }
         }
     }
 }

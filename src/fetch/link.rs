@@ -12,7 +12,7 @@ use tokio::sync::mpsc::{self, WeakUnboundedSender};
 
 use super::{BULK_BUDGET_KIB, Budgeted, Command, PeerKey};
 use crate::core::frame::Frame;
-use crate::core::ids::{BlockId, Name};
+use crate::core::ids::{BlockId, Name, Nonce};
 use crate::core::manifest::PageIndex;
 use crate::core::wire::{Control, Data, Refusal, RootEntry, VERSIONS, WireError};
 use crate::seeded_bugs::{Bug, is_planted};
@@ -105,7 +105,13 @@ async fn run(
     commands: &WeakUnboundedSender<Command>,
 ) -> Result<(), String> {
     let NewLink { link, receivers: LinkReceivers { mut control, mut urgent, mut bulk } } = new;
-    let hello = Control::Hello { min_version: *VERSIONS.start(), max_version: *VERSIONS.end(), site: site.clone() };
+    let hello = Control::Hello {
+        min_version: *VERSIONS.start(),
+        max_version: *VERSIONS.end(),
+        site: site.clone(),
+        last: Nonce::NONE,
+        next: Nonce::NONE,
+    };
     link.send_control(hello.encode()).await.map_err(|error| error.to_string())?;
     let first = tokio::time::timeout(WELCOME_TIMEOUT, control.recv());
     match first.await.map_err(|_| "the peer accepted the connection and then said nothing for 10 seconds")? {

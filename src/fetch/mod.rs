@@ -69,6 +69,8 @@ pub enum FetchError {
         peer: Name,
         /// Why, for programs.
         refusal: Refusal,
+        /// The epoch that holds there; 0 where it said none.
+        epoch: u64,
         /// Why, for people.
         why: String,
     },

@@ -201,35 +201,43 @@ async fn requests(session: &Arc<Session>, catalog: &Arc<dyn Catalog>, receivers:
             }
             Control::Open { request, volume } => match catalog.open(&peer, &volume) {
                 Ok((volume, epoch)) => session.open(request, &volume, epoch),
-                Err((refusal, why)) => Control::Refused { request, refusal, why },
+                Err((refusal, why)) => refused(request, refusal, why),
             },
-            Control::TakeOver { request, handle, .. }
-            | Control::Completed { request, handle, .. }
-            | Control::GiveBack { request, handle, .. } => match session.name_of(handle) {
-                Some(_) if session.open_changes.load(Ordering::Relaxed) >= MAX_HANDLES => {
+            Control::Close { handle } => {
+                session.handles.lock().remove(&handle);
+                continue;
+            }
+            Control::TakeOver { .. } | Control::Completed { .. } | Control::GiveBack { .. } => {
+                if session.open_changes.fetch_add(1, Ordering::Relaxed) >= MAX_HANDLES {
                     return format!("more than {MAX_HANDLES} changes of ownership wanted at a time");
                 }
-                Some(volume) => {
-                    session.open_changes.fetch_add(1, Ordering::Relaxed);
-                    let (session, catalog) = (Arc::clone(session), Arc::clone(catalog));
-                    // Apart: a change that was begun must be finished though the connection is lost meanwhile, and
-                    // while an image is flushed for it, guests of other volumes go on reading.
-                    tokio::spawn(async move {
-                        let peer = session.link.peer();
-                        let changed = match frame {
-                            Control::Completed { epoch, .. } => catalog.completed(peer, &volume, epoch).await,
-                            Control::GiveBack { epoch, .. } => catalog.give_back(peer, &volume, epoch).await,
-                            Control::TakeOver { epoch, .. } => catalog.take_over(peer, &volume, epoch).await,
-                            _ => return,
-                        };
-                        session.open_changes.fetch_sub(1, Ordering::Relaxed);
-                        // If the connection is lost, the peer asks again on the next one.
-                        let _ = session.link.send_control(answer(request, changed).encode()).await;
-                    });
-                    continue;
-                }
-                None => not_open(request),
-            },
+                let (session, catalog) = (Arc::clone(session), Arc::clone(catalog));
+                // Apart: a change that was begun must be finished though the connection is lost meanwhile, and
+                // while an image is flushed for it, guests of other volumes go on reading.
+                tokio::spawn(async move {
+                    let peer = session.link.peer();
+                    let (request, changed) = match frame {
+                        Control::Completed { request, epoch, volume } => {
+                            (request, catalog.completed(peer, &volume, epoch).await)
+                        }
+                        Control::GiveBack { request, epoch, volume } => {
+                            (request, catalog.give_back(peer, &volume, epoch).await)
+                        }
+                        Control::TakeOver { request, epoch, volume, .. } => {
+                            (request, catalog.take_over(peer, &volume, epoch).await)
+                        }
+                        _ => return,
+                    };
+                    session.open_changes.fetch_sub(1, Ordering::Relaxed);
+                    // If the connection is lost, the peer asks again on the next one.
+                    let _ = session.link.send_control(answer(request, changed).encode()).await;
+                });
+                continue;
+            }
+            Control::Reclaimed { request, volume, .. } => {
+                let why = format!("volume {volume} cannot be reclaimed from the site of {}", session.options.site);
+                refused(request, Refusal::BadRequest, why)
+            }
             Control::Hello { .. }
             | Control::Welcome { .. }
             | Control::Unwelcome { .. }
@@ -247,12 +255,12 @@ async fn requests(session: &Arc<Session>, catalog: &Arc<dyn Catalog>, receivers:
 fn answer(request: u32, done: Result<u64, super::Refused>) -> Control {
     match done {
         Ok(epoch) => Control::Done { request, epoch },
-        Err((refusal, why)) => Control::Refused { request, refusal, why },
+        Err((refusal, why)) => refused(request, refusal, why),
     }
 }
 
-fn not_open(request: u32) -> Control {
-    Control::Refused { request, refusal: Refusal::BadRequest, why: "that volume is not open".into() }
+fn refused(request: u32, refusal: Refusal, why: String) -> Control {
+    Control::Refused { request, refusal, epoch: 0, why }
 }
 
 fn failed(flight: u64, refusal: Refusal, why: String) -> Data {
@@ -288,18 +296,14 @@ impl Session {
         let mut handles = self.handles.lock();
         if handles.len() >= MAX_HANDLES {
             let why = format!("more than {MAX_HANDLES} volumes opened on one connection");
-            return Control::Refused { request, refusal: Refusal::BadRequest, why };
+            return refused(request, Refusal::BadRequest, why);
         }
-        // Opened again, it keeps its number: a peer has no way to close one.
-        let kept = handles.iter().find(|(_, kept)| Arc::ptr_eq(kept, volume)).map(|(handle, _)| *handle);
-        let handle = kept.unwrap_or_else(|| self.next_handle.fetch_add(1, Ordering::Relaxed));
+        // Opened again, it gets another number: closing the one must not close the other.
+        let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
         handles.insert(handle, Arc::clone(volume));
         self.hasher.hash_in_background(volume);
-        Control::Opened { request, handle, geometry: volume.geometry, generation: volume.generation, epoch }
-    }
-
-    fn name_of(&self, handle: u32) -> Option<Name> {
-        self.handles.lock().get(&handle).map(|volume| volume.name.clone())
+        let (geometry, generation) = (volume.geometry, volume.generation);
+        Control::Opened { request, handle, geometry, generation, epoch, is_read_only: false }
     }
 
     fn promote(&self, flight: u64, class: Class) {

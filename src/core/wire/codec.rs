@@ -2,7 +2,7 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use crate::core::ids::{BlockId, Class, Name};
+use crate::core::ids::{BlockId, Class, Name, Nonce};
 
 /// A peer sent what this protocol does not allow. It loses its connection.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -77,6 +77,13 @@ impl Reader {
 
     pub(super) fn id(&mut self) -> Result<BlockId, WireError> {
         Ok(BlockId(self.hash()?))
+    }
+
+    pub(super) fn nonce(&mut self) -> Result<Nonce, WireError> {
+        self.need(16)?;
+        let mut nonce = [0; 16];
+        self.bytes.copy_to_slice(&mut nonce);
+        Ok(Nonce(nonce))
     }
 
     pub(super) fn class(&mut self) -> Result<Class, WireError> {

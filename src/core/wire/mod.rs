@@ -5,16 +5,17 @@
 //!
 //! ```text
 //! destination                                  source
-//!     | -- Hello{versions, site} ----------------> |     version offer
+//!     | -- Hello{versions, site, last, next} ----> |     version offer
 //!     | <------------- Welcome{version, site} ---- |     and choice, or Unwelcome{code, why}
 //!     | -- Open{volume} -------------------------> |
 //!     | <-- Opened{handle, geometry, epoch} ------ |
-//!     | -- TakeOver{handle, epoch+1} ------------> |     from here on the source refuses writes
-//!     | <--------------- TakenOver{epoch+1} ------ |
+//!     | -- TakeOver{epoch+1, volume} ------------> |     from here on the source refuses writes
+//!     | <-------------------- Done{epoch+1} ------ |
 //!     | -- Roots, Page, Wants, Promote, Forget --> |
 //!     | <== Roots, Page, Block, Failed =========== |     data messages, by class
-//!     | -- Completed{handle, epoch+1} -----------> |
-//!     | <----------------------- Released -------- |
+//!     | -- Completed{epoch+1, volume} -----------> |
+//!     | <-------------------- Done{epoch+1} ------ |
+//!     | -- Close{handle} ------------------------> |
 //! ```
 
 mod codec;
@@ -32,8 +33,9 @@ pub const MAGIC: u32 = u32::from_le_bytes(*b"BFRY");
 ///
 /// | version | why |
 /// |---|---|
-/// | 1 | the first: whole blocks, inline zstd frames |
-pub const VERSIONS: std::ops::RangeInclusive<u16> = 1..=1;
+/// | 1 | the first: whole blocks, inline zstd frames; never released, and not spoken any more |
+/// | 2 | questions of ownership name the volume and carry flags; instance nonces; Close |
+pub const VERSIONS: std::ops::RangeInclusive<u16> = 2..=2;
 
 /// The newest version that both speak, if there is one.
 pub fn choose_version(offered_min: u16, offered_max: u16) -> Option<u16> {
@@ -63,15 +65,40 @@ pub enum Refusal {
     Busy = 8,
     /// The site could not write its own journal.
     Internal = 9,
+    /// Another instance with this identity has been here since: one of the two is a copy of the other.
+    Clone = 10,
+    /// Clients are connected at the source, and it was not told to take the volume although they are.
+    InUse = 11,
+    /// A person took the volume back; the epoch says since when.
+    Reclaimed = 12,
+    /// The question was withdrawn by a later one.
+    Withdrawn = 13,
 }
 
 impl Refusal {
+    /// All of them, by number.
+    pub const ALL: [Refusal; 13] = {
+        use Refusal::*;
+        [
+            Version,
+            UnknownVolume,
+            NotOwner,
+            ImageChanged,
+            ReadFailed,
+            BadRequest,
+            ShuttingDown,
+            Busy,
+            Internal,
+            Clone,
+            InUse,
+            Reclaimed,
+            Withdrawn,
+        ]
+    };
+
     /// The refusal with this number.
     pub fn from_wire(number: u16) -> Option<Refusal> {
-        use Refusal::*;
-        [Version, UnknownVolume, NotOwner, ImageChanged, ReadFailed, BadRequest, ShuttingDown, Busy, Internal]
-            .into_iter()
-            .find(|refusal| *refusal as u16 == number)
+        Refusal::ALL.into_iter().find(|refusal| *refusal as u16 == number)
     }
 
     /// Whether asking again later, without anybody doing anything, may succeed.

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::core::frame::Frame;
-use crate::core::ids::{BlockId, BlockIndex, Class, Name};
+use crate::core::ids::{BlockId, BlockIndex, Class, Name, Nonce};
 use crate::core::manifest::{Geometry, PageId, PageIndex};
 
 fn name() -> impl Strategy<Value = Name> {
@@ -13,7 +13,7 @@ fn name() -> impl Strategy<Value = Name> {
 }
 
 fn refusal() -> impl Strategy<Value = Refusal> {
-    (1u16..=9).prop_map(|n| Refusal::from_wire(n).expect("1 to 9"))
+    prop::sample::select(Refusal::ALL.to_vec())
 }
 
 fn class() -> impl Strategy<Value = Class> {
@@ -28,15 +28,25 @@ fn control() -> impl Strategy<Value = Control> {
         class,
         block: BlockIndex(block),
     });
-    let request = (any::<u32>(), any::<u32>(), any::<u64>());
+    let question = (any::<u32>(), any::<u64>(), name());
+    let nonce = any::<[u8; 16]>().prop_map(Nonce);
     prop_oneof![
-        (any::<u16>(), any::<u16>(), name()).prop_map(|(min_version, max_version, site)| Control::Hello {
-            min_version,
-            max_version,
-            site
-        }),
+        (any::<u16>(), any::<u16>(), name(), nonce.clone(), nonce).prop_map(
+            |(min_version, max_version, site, last, next)| Control::Hello {
+                min_version,
+                max_version,
+                site,
+                last,
+                next
+            }
+        ),
         (any::<u32>(), name()).prop_map(|(request, volume)| Control::Open { request, volume }),
-        request.prop_map(|(request, handle, epoch)| Control::TakeOver { request, handle, epoch }),
+        (question.clone(), any::<bool>()).prop_map(|((request, epoch, volume), take)| Control::TakeOver {
+            request,
+            epoch,
+            take,
+            volume
+        }),
         (any::<u64>(), any::<u32>(), any::<u64>(), any::<u32>()).prop_map(|(flight, handle, first, count)| {
             Control::Roots { flight, handle, first: PageIndex(first), count }
         }),
@@ -48,19 +58,20 @@ fn control() -> impl Strategy<Value = Control> {
         prop::collection::vec(want, 0..50).prop_map(Control::Wants),
         (any::<u64>(), class()).prop_map(|(flight, class)| Control::Promote { flight, class }),
         any::<u64>().prop_map(|flight| Control::Forget { flight }),
-        request.prop_map(|(request, handle, epoch)| Control::Completed { request, handle, epoch }),
-        request.prop_map(|(request, handle, epoch)| Control::GiveBack { request, handle, epoch }),
+        question.clone().prop_map(|(request, epoch, volume)| Control::Completed { request, epoch, volume }),
+        question.clone().prop_map(|(request, epoch, volume)| Control::GiveBack { request, epoch, volume }),
+        any::<u32>().prop_map(|handle| Control::Close { handle }),
+        question.prop_map(|(request, epoch, volume)| Control::Reclaimed { request, epoch, volume }),
         (any::<u16>(), name()).prop_map(|(version, site)| Control::Welcome { version, site }),
         (refusal(), "[a-zä ]{0,40}").prop_map(|(refusal, why)| Control::Unwelcome { refusal, why }),
-        (request, geometry, any::<u64>()).prop_map(|((request, handle, epoch), geometry, generation)| {
-            Control::Opened { request, handle, geometry, generation, epoch }
-        }),
+        (any::<u32>(), any::<u32>(), geometry, any::<u64>(), any::<u64>(), any::<bool>()).prop_map(
+            |(request, handle, geometry, generation, epoch, is_read_only)| {
+                Control::Opened { request, handle, geometry, generation, epoch, is_read_only }
+            }
+        ),
         (any::<u32>(), any::<u64>()).prop_map(|(request, epoch)| Control::Done { request, epoch }),
-        (any::<u32>(), refusal(), "[a-zä ]{0,40}").prop_map(|(request, refusal, why)| Control::Refused {
-            request,
-            refusal,
-            why
-        }),
+        (any::<u32>(), refusal(), any::<u64>(), "[a-zä ]{0,40}")
+            .prop_map(|(request, refusal, epoch, why)| Control::Refused { request, refusal, epoch, why }),
     ]
 }
 
@@ -123,16 +134,43 @@ fn layouts_are_what_the_document_says() {
     let want = Want { flight: 0x0102030405060708, handle: 9, class: Class::Bulk, block: BlockIndex(0x0a) };
     let bytes = Control::Wants(vec![want]).encode();
     assert_eq!(hex::encode(&bytes), "140100080706050403020109000000020a00000000000000");
-    let hello = Control::Hello { min_version: 1, max_version: 2, site: "ab".parse().expect("a name") };
-    assert_eq!(hex::encode(hello.encode()), "0142465259010002000200 6162".replace(' ', ""));
+    let site = "ab".parse().expect("a name");
+    let hello = Control::Hello { min_version: 1, max_version: 2, site, last: Nonce([3; 16]), next: Nonce([4; 16]) };
+    let nonces = format!("{}{}", "03".repeat(16), "04".repeat(16));
+    assert_eq!(hex::encode(hello.encode()), format!("01424652590100020002006162{nonces}"));
     let zero = Data::Block { flight: 1, id: BlockId::ZERO, frame: None };
     assert_eq!(hex::encode(zero.encode().concat()), format!("010100000000000000{}", "00".repeat(32)));
 }
 
 #[test]
 fn the_newest_common_version_is_chosen() {
-    assert_eq!(choose_version(1, 1), Some(1));
+    assert_eq!(choose_version(2, 2), Some(2));
     assert_eq!(choose_version(1, 9), Some(*VERSIONS.end()));
-    assert_eq!(choose_version(2, 9), None);
+    assert_eq!(choose_version(1, 1), None);
+    assert_eq!(choose_version(3, 9), None);
     assert_eq!(choose_version(5, 1), None);
+}
+
+#[test]
+fn flags_of_later_versions_are_errors() {
+    let take_over = Control::TakeOver { request: 1, epoch: 2, take: true, volume: "vm".parse().expect("a name") };
+    let mut bytes = take_over.encode().to_vec();
+    for flags in 2..=255 {
+        bytes[13] = flags;
+        let error = Control::decode(Bytes::copy_from_slice(&bytes));
+        assert_eq!(error, Err(WireError::BadField { frame: "TakeOver", field: "flags" }), "{flags}");
+    }
+}
+
+#[test]
+fn every_refusal_has_its_number_and_says_whether_to_ask_again() {
+    for (at, refusal) in Refusal::ALL.into_iter().enumerate() {
+        assert_eq!(refusal as usize, at + 1);
+        assert_eq!(Refusal::from_wire(refusal as u16), Some(refusal));
+    }
+    assert_eq!(Refusal::from_wire(0), None);
+    assert_eq!(Refusal::from_wire(14), None);
+    for refusal in [Refusal::Clone, Refusal::InUse, Refusal::Reclaimed, Refusal::Withdrawn] {
+        assert!(!refusal.is_transient(), "{refusal:?}");
+    }
 }

@@ -3,7 +3,7 @@
 use futures::future::BoxFuture;
 
 use super::*;
-use crate::core::ids::BlockIndex;
+use crate::core::ids::{BlockIndex, Nonce};
 use crate::core::manifest::Geometry;
 use crate::core::wire::Want;
 use crate::image::Image;
@@ -72,8 +72,8 @@ impl Peer {
     }
 
     async fn hello(&mut self) {
-        self.send(Control::Hello { min_version: 1, max_version: 1, site: "b".parse().expect("a name") }).await;
-        assert!(matches!(self.answer().await, Some(Control::Welcome { version: 1, .. })));
+        self.send(hello(2, 2)).await;
+        assert!(matches!(self.answer().await, Some(Control::Welcome { version: 2, .. })));
     }
 
     async fn open(&mut self) -> u32 {
@@ -90,6 +90,11 @@ impl Peer {
     }
 }
 
+fn hello(min_version: u16, max_version: u16) -> Control {
+    let site = "b".parse().expect("a name");
+    Control::Hello { min_version, max_version, site, last: Nonce::NONE, next: Nonce::NONE }
+}
+
 fn want(flight: u64, handle: u32, block: u64) -> Want {
     Want { flight, handle, class: Class::Bulk, block: BlockIndex(block) }
 }
@@ -97,7 +102,7 @@ fn want(flight: u64, handle: u32, block: u64) -> Want {
 #[tokio::test]
 async fn a_peer_of_another_version_is_told_so() {
     let mut peer = connect();
-    peer.send(Control::Hello { min_version: 8, max_version: 9, site: "b".parse().expect("a name") }).await;
+    peer.send(hello(8, 9)).await;
     match peer.answer().await {
         Some(Control::Unwelcome { refusal: Refusal::Version, why }) => {
             assert!(why.contains("8 to 9") && why.contains("update"), "{why}");
@@ -122,7 +127,7 @@ async fn requests_that_make_no_sense_are_refused_and_the_rest_is_served() {
     peer.hello().await;
     peer.send(Control::Open { request: 1, volume: "other".parse().expect("a name") }).await;
     assert!(matches!(peer.answer().await, Some(Control::Refused { request: 1, refusal: Refusal::UnknownVolume, .. })));
-    peer.send(Control::TakeOver { request: 2, handle: 99, epoch: 2 }).await;
+    peer.send(Control::Reclaimed { request: 2, epoch: 2, volume: "vm".parse().expect("a name") }).await;
     assert!(matches!(peer.answer().await, Some(Control::Refused { request: 2, refusal: Refusal::BadRequest, .. })));
     let handle = peer.open().await;
     for bad in [want(10, handle, 3), want(10, handle, u64::MAX), want(10, handle + 1, 0)] {
@@ -157,6 +162,26 @@ async fn a_peer_that_wants_too_much_loses_its_connection() {
         }
     });
     assert!(peer.reason_of_drop().await.contains("16384"));
+}
+
+#[tokio::test]
+async fn a_handle_that_is_closed_is_no_more_and_makes_room_for_another() {
+    let mut peer = connect();
+    peer.hello().await;
+    let kept = peer.open().await;
+    // As often as it likes, in the end: a connection may live for years.
+    for _ in 0..2 * MAX_HANDLES {
+        let handle = peer.open().await;
+        assert_ne!(handle, kept, "closing the one must not close the other");
+        peer.send(Control::Close { handle }).await;
+        peer.send(Control::Close { handle }).await;
+    }
+    let closed = peer.open().await;
+    peer.send(Control::Close { handle: closed }).await;
+    peer.send(Control::Wants(vec![want(1, closed, 0)])).await;
+    assert!(matches!(peer.data().await, Data::Failed { flight: 1, refusal: Refusal::BadRequest, .. }));
+    peer.send(Control::Wants(vec![want(2, kept, 0)])).await;
+    assert!(matches!(peer.data().await, Data::Block { flight: 2, .. }));
 }
 
 #[tokio::test]
