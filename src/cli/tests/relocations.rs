@@ -146,7 +146,8 @@ fn a_volume_that_vanishes_while_it_is_waited_for_is_a_failure() {
     let mut console =
         Console { out: &mut out, err: &mut err, watched: false, redraws: false, pace: QUICK, variables: Vec::new() };
     let wait = Wait { until: Until::Arrived, handover: Duration::from_secs(5), unknown: Duration::ZERO };
-    let following = follow::relocations(&client, &[name("none")], wait, &mut console);
+    let names = [name("none")];
+    let following = follow::relocations(&client, &names, wait, &mut console);
     let outcomes = runtime.block_on(following).expect("followed");
     let [follow::Outcome { status: None, error: Some(error) }] = &outcomes[..] else { panic!("not one failure") };
     assert_eq!(error.to_string(), "there is no volume none; `blockferry status` lists them");

@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 
 use super::*;
 use crate::control::fake::{FakeDaemon, FakeSite, name};
-use crate::control::{ClientError, ControlClient, Phase, RelocateRequest, Role};
+use crate::control::{ClientError, ControlClient, Phase, Reclaim, RelocateRequest, Role};
 
 fn relocation(peer: &str, volume: &str) -> RelocateRequest {
     RelocateRequest {
