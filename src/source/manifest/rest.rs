@@ -311,7 +311,9 @@ impl Manifest {
         let is_kept = keep()?;
         if is_kept {
             let settled: Vec<u64> = told.blocks.range(blocks).map(|(block, _)| *block).collect();
-            settled.iter().for_each(|block| drop(told.blocks.remove(block)));
+            for block in &settled {
+                told.blocks.remove(block);
+            }
             if !settled.is_empty() {
                 self.rows.delete_told(settled.into_iter())?;
             }
