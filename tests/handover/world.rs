@@ -296,9 +296,13 @@ impl World {
             self.fail(format!("P5: the epoch at {} goes back from {before:?} to {after:?}", name(at)));
         }
         let Some(held) = &row.held else {
+            let is_told = |verb: &Waiting| matches!(verb, Waiting::Verb(Verb::Reclaim { .. }));
             if row.left.as_ref().is_some_and(|left| left.to.is_none()) {
                 self.ghost.is_removed = true;
                 self.ghost.must = 0;
+            } else if self.sites[at].process.waiting.values().any(is_told) {
+                // A person lets go of what never came.
+                self.ghost.is_reclaimed = true;
             }
             return;
         };
