@@ -115,8 +115,8 @@ fn of_site(world: &World, at: At, all: &mut Vec<Step>) {
         }
     }
     for other in 0..world.sites.len() {
-        let hears = |other: &Machine| other.held().epoch.term() > machine.held().epoch.term();
-        if other != at && world.machine(other).is_some_and(hears) {
+        let is_ahead = world.row_epoch(other).is_some_and(|epoch| epoch.term() > machine.held().epoch.term());
+        if other != at && is_ahead {
             all.push(Step::Hear(at, other));
         }
     }
@@ -149,7 +149,7 @@ fn of_people(world: &World, at: At, all: &mut Vec<Step>) {
         if *to != at {
             continue;
         }
-        if world.machine(*from).is_some_and(|source| site.process.opened != Some((*from, source.held().epoch))) {
+        if world.row_epoch(*from).is_some_and(|epoch| site.process.opened != Some((*from, epoch))) {
             all.push(Step::Open(*to, *from));
         }
     }
@@ -204,7 +204,7 @@ pub fn take(world: &World, step: &Step) -> World {
 fn carry_out(world: &mut World, step: &Step) {
     match step {
         Step::Open(to, from) => {
-            let epoch = world.machine(*from).map_or(Epoch(0), |machine| machine.held().epoch);
+            let epoch = world.row_epoch(*from).unwrap_or(Epoch(0));
             world.sites[*to].process.opened = Some((*from, epoch));
         }
         Step::Relocate(at, take) => relocate(world, *at, *take),
@@ -240,7 +240,7 @@ fn carry_out(world: &mut World, step: &Step) {
             world.input(*at, Input::Arrived);
         }
         Step::Hear(at, other) => {
-            let epoch = world.machine(*other).map_or(Epoch(0), |machine| machine.held().epoch);
+            let epoch = world.row_epoch(*other).unwrap_or(Epoch(0));
             world.input(*at, Input::Heard(name(*other), epoch));
         }
         Step::Doubt(at, is_doubted) => {

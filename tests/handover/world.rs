@@ -347,6 +347,11 @@ impl World {
         }
     }
 
+    /// The epoch that a site shows: what is durable.
+    pub fn row_epoch(&self, at: At) -> Option<Epoch> {
+        self.sites[at].row.as_ref().map(|row| row.epoch)
+    }
+
     /// The last epoch that is durable at a site.
     pub fn epoch_seen(&self, at: At) -> Epoch {
         let site = &self.sites[at];
