@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockferry::core::ids::Name;
+use blockferry::core::ids::{Incarnation, Name};
 use blockferry::core::manifest::Geometry;
 use blockferry::core::residency::Presence;
 use blockferry::core::scheduler::Limits;
@@ -174,7 +174,10 @@ impl Site<'_> {
         let geometry = Geometry::new(image.size_bytes(), BLOCK_BYTES).expect("a geometry");
         let state = Arc::clone(&self.state);
         let workers = self.workers.clone();
-        VolumeParts { name: named(name), image: Arc::new(image), geometry, state, workers, is_owner: true }
+        let mut incarnation = [0; 16];
+        name.bytes().enumerate().for_each(|(at, byte)| incarnation[at % 16] ^= byte);
+        let (name, incarnation) = (named(name), Incarnation(incarnation));
+        VolumeParts { name, incarnation, image: Arc::new(image), geometry, state, workers, is_owner: true }
     }
 
     fn path(&self, name: &str) -> PathBuf {

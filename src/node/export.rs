@@ -197,6 +197,10 @@ impl Export for VolumeExport {
     fn flush_here(&self) -> Option<Result<(), NbdErrno>> {
         Some(self.volume.flush_here()?.map_err(|error| self.errno("FLUSH", 0, &error)))
     }
+
+    fn withdrawn(&self) -> Option<BoxFuture<'static, ()>> {
+        Some(Box::pin(self.volume.closing()))
+    }
 }
 
 impl VolumeExport {
@@ -204,7 +208,7 @@ impl VolumeExport {
         let errno = match error {
             VolumeError::NotOwner { .. } | VolumeError::ReadOnly { .. } => NbdErrno::Perm,
             error if error.is_no_space() => NbdErrno::NoSpc,
-            VolumeError::ShuttingDown => NbdErrno::Shutdown,
+            VolumeError::ShuttingDown | VolumeError::Closed { .. } => NbdErrno::Shutdown,
             _ => NbdErrno::Io,
         };
         tracing::warn!(volume = %self.volume.name(), command, offset, %error, ?errno, "a client's request failed");

@@ -109,6 +109,7 @@ impl Node {
     ) -> anyhow::Result<Arc<Entry>> {
         let volume = Arc::new(Volume::complete(VolumeParts {
             name: record.name.clone(),
+            incarnation: super::relocate::incarnation_of(&record),
             image: Arc::new(image),
             geometry: record.geometry,
             state: Arc::clone(&self.state),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::record::{Ownership, VolumeRecord};
 use super::{Entry, Node};
 use crate::control::{ApiError, ErrorKind, RelocateRequest};
-use crate::core::ids::Name;
+use crate::core::ids::{Incarnation, Name};
 use crate::core::wire::Refusal;
 use crate::fetch::{Expected, FetchError, Remote, VolumeKey};
 use crate::image::Image;
@@ -389,6 +389,7 @@ impl Node {
     fn parts(&self, record: &VolumeRecord, image: Image, is_owner: bool) -> VolumeParts {
         VolumeParts {
             name: record.name.clone(),
+            incarnation: incarnation_of(record),
             image: Arc::new(image),
             geometry: record.geometry,
             state: Arc::clone(&self.state),
@@ -406,6 +407,12 @@ impl Node {
             "nothing was begun; try again when it answers",
         )
     }
+}
+
+/// Until the record has one of its own: another for each relocation of a name, as epochs only grow.
+pub(super) fn incarnation_of(record: &VolumeRecord) -> Incarnation {
+    let id = blake3::hash(format!("{} {}", record.name, record.epoch).as_bytes());
+    Incarnation(std::array::from_fn(|at| id.as_bytes()[at]))
 }
 
 /// Asks until the answer is one that will not change by itself.

@@ -22,6 +22,7 @@ mod flush_panics;
 mod through_pipes;
 
 const BLOCK: u64 = 65536;
+const INCARNATION: Incarnation = Incarnation([7; 16]);
 
 /// A source site with one volume, and the destination's fetcher and store.
 struct Sites {
@@ -148,6 +149,7 @@ impl Sites {
         };
         let parts = VolumeParts {
             name: name("vm"),
+            incarnation: INCARNATION,
             image: Arc::new(image),
             geometry: self.geometry(),
             state: Arc::clone(&self.state) as Arc<dyn State>,
@@ -532,6 +534,7 @@ async fn the_extents_of_a_large_disk_are_told_in_parts() {
     let size_bytes = 1 << 40;
     let parts = VolumeParts {
         name: name("large"),
+        incarnation: INCARNATION,
         image: Arc::new(Image::create(&dir.path().join("large.raw"), size_bytes).expect("creates")),
         geometry: Geometry::new(size_bytes, BLOCK).expect("a geometry"),
         state: Arc::new(MemoryState::new()),
@@ -556,6 +559,7 @@ async fn presence_adds_up_to_the_counters() {
     let size_bytes = blocks * BLOCK + tail_bytes;
     let parts = VolumeParts {
         name: name("vm"),
+        incarnation: INCARNATION,
         image: Arc::new(Image::create(&dir.path().join("vm.raw"), size_bytes).expect("creates")),
         geometry: Geometry::new(size_bytes, BLOCK).expect("a geometry"),
         state: Arc::new(MemoryState::new()),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockferry::core::frame::Frame;
-use blockferry::core::ids::{BlockId, Name};
+use blockferry::core::ids::{BlockId, Incarnation, Name};
 use blockferry::core::manifest::{Geometry, Page, PageId};
 use blockferry::core::scheduler::Limits;
 use blockferry::core::wire::{Data, Refusal, RootEntry};
@@ -85,6 +85,7 @@ async fn row(what: &str, often: Often, damage: Damage) {
 
     let parts = VolumeParts {
         name: name("vm"),
+        incarnation: Incarnation([7; 16]),
         image: Arc::new(Image::create(&dir.path().join("b.raw"), geometry.size_bytes).expect("creates")),
         geometry,
         state: Arc::new(MemoryState::new()) as Arc<dyn State>,

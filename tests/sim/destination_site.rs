@@ -219,6 +219,7 @@ impl DestinationLife {
     fn parts(&self, slot: &Slot, image: Image, geometry: Geometry, is_owner: bool) -> VolumeParts {
         VolumeParts {
             name: slot.name.clone(),
+            incarnation: slot.incarnation(),
             image: Arc::new(image),
             geometry,
             state: Arc::clone(&self.state),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use blockferry::core::ids::Name;
+use blockferry::core::ids::{Incarnation, Name};
 use blockferry::volume::Volume;
 use parking_lot::Mutex;
 
@@ -42,6 +42,11 @@ impl Slot {
             is_taken: AtomicBool::new(false),
             is_complete: Flag::default(),
         }
+    }
+
+    /// The same in every life: none of its relocations is given up.
+    pub fn incarnation(&self) -> Incarnation {
+        Incarnation(u128::from(self.number).to_be_bytes())
     }
 
     pub fn serve(&self, volume: Arc<Volume>, process: &Arc<Process>) {

@@ -101,6 +101,7 @@ impl SourceSite {
             let geometry = Geometry::new(image.size_bytes(), crate::BLOCK).ok()?;
             let volume = Arc::new(Volume::complete(VolumeParts {
                 name: slot.name.clone(),
+                incarnation: slot.incarnation(),
                 image: Arc::clone(&image),
                 geometry,
                 state: Arc::clone(&state),

@@ -39,7 +39,7 @@ proptest! {
         if has_residue {
             image.write_at(0, &vec![0xee; SIZE as usize]).expect("writes");
         }
-        let disk = Disk::new(image, Residency::new(geometry), geometry, has_residue);
+        let disk = Disk::new(image, Residency::new(geometry), geometry, Life::new("vm".parse().expect("a name")), has_residue);
         let source: Vec<u8> = (0..SIZE).map(source_byte).collect();
         let mut model = source.clone();
         for step in steps {
