@@ -261,7 +261,9 @@ impl Inventory {
     /// was looked at before that would be believed for ever.
     pub(super) fn offer(&self, entry: &Entry) -> Result<(), String> {
         let volume = entry.volume()?;
-        if let Some(manifest) = entry.source.lock().as_ref().map(|source| Arc::clone(&source.manifest)) {
+        // Not one expression: the lock would be held while the source is set.
+        let kept = entry.source.lock().as_ref().map(|source| Arc::clone(&source.manifest));
+        if let Some(manifest) = kept {
             // Of a volume that was a source before, and is one again.
             self.set_source(entry, &volume, manifest);
             return Ok(());
