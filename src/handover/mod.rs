@@ -225,6 +225,8 @@ impl Machine {
                 self.is_doubted = is_doubted;
                 Vec::new()
             }
+            // Nobody is waited for while something is unsure.
+            Input::Hung(_) => Vec::new(),
             input => {
                 if !self.has_ended {
                     self.late.push(input);

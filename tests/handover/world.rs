@@ -473,7 +473,7 @@ impl World {
     pub fn check_owners(&mut self) {
         let mut open: Vec<(Epoch, At)> = (0..self.sites.len())
             .filter(|at| self.sites[*at].process.is_open)
-            .map(|at| (self.machine(at).map_or(Epoch(0), |machine| machine.held().epoch), at))
+            .map(|at| (self.row_epoch(at).unwrap_or(Epoch(0)), at))
             .collect();
         open.sort_unstable();
         let Some((epoch, top)) = open.pop() else { return };
