@@ -431,6 +431,13 @@ impl World {
         Some(Message::Question { from: at, to: asking.peer, id, question: asking.question.clone() })
     }
 
+    /// How many copies of a question wait for their answer at whom it was asked.
+    pub fn are_waiting(&self, question: &Message) -> usize {
+        let Message::Question { from, to, id, .. } = question else { return 0 };
+        let is_it = |waiting: &&Waiting| matches!(waiting, Waiting::Peer(peer, of) if peer == from && of == id);
+        self.sites[*to].process.waiting.values().filter(is_it).count()
+    }
+
     pub fn question_of_debt(&self, at: At, debt: &Debt) -> Message {
         let question = match debt.what {
             Owed::Completed => Question::Completed { epoch: debt.epoch },
