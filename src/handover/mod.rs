@@ -228,7 +228,7 @@ impl Machine {
             // Nobody is waited for while something is unsure.
             Input::Hung(_) => Vec::new(),
             input => {
-                if !self.has_ended {
+                if !self.has_ended && !self.late.contains(&input) {
                     self.late.push(input);
                 }
                 Vec::new()
