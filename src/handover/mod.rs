@@ -225,8 +225,10 @@ impl Machine {
                 self.is_doubted = is_doubted;
                 Vec::new()
             }
+            // Nobody is waited for while something is unsure.
+            Input::Hung(_) => Vec::new(),
             input => {
-                if !self.has_ended {
+                if !self.has_ended && !self.late.contains(&input) {
                     self.late.push(input);
                 }
                 Vec::new()

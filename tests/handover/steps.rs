@@ -74,6 +74,7 @@ fn is_ready(world: &World, message: &Message) -> bool {
 fn asks(world: &World, at: At, all: &mut Vec<Step>) {
     if let Some(question) = world.question_of_machine(at)
         && !world.network.contains(&question)
+        && world.are_waiting(&question) < 2
     {
         all.push(Step::Ask(at));
     }

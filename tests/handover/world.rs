@@ -431,6 +431,13 @@ impl World {
         Some(Message::Question { from: at, to: asking.peer, id, question: asking.question.clone() })
     }
 
+    /// How many copies of a question wait for their answer at whom it was asked.
+    pub fn are_waiting(&self, question: &Message) -> usize {
+        let Message::Question { from, to, id, .. } = question else { return 0 };
+        let is_it = |waiting: &&Waiting| matches!(waiting, Waiting::Peer(peer, of) if peer == from && of == id);
+        self.sites[*to].process.waiting.values().filter(is_it).count()
+    }
+
     pub fn question_of_debt(&self, at: At, debt: &Debt) -> Message {
         let question = match debt.what {
             Owed::Completed => Question::Completed { epoch: debt.epoch },
@@ -473,7 +480,7 @@ impl World {
     pub fn check_owners(&mut self) {
         let mut open: Vec<(Epoch, At)> = (0..self.sites.len())
             .filter(|at| self.sites[*at].process.is_open)
-            .map(|at| (self.machine(at).map_or(Epoch(0), |machine| machine.held().epoch), at))
+            .map(|at| (self.row_epoch(at).unwrap_or(Epoch(0)), at))
             .collect();
         open.sort_unstable();
         let Some((epoch, top)) = open.pop() else { return };
