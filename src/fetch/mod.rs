@@ -391,3 +391,6 @@ impl Drop for CloseOnDrop<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
