@@ -105,7 +105,9 @@ impl Node {
         if failures.len() >= MAX_FAILURES {
             failures.pop_first();
         }
-        failures.insert(name.clone(), error);
+        // Whoever waits for it hears that it has ended, not that it could be asked for again.
+        let kind = if error.kind.is_passing() { ErrorKind::Conflict } else { error.kind };
+        failures.insert(name.clone(), ApiError { kind, ..error });
     }
 
     /// An NBD client asked for a volume that is not here.
