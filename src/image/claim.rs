@@ -28,9 +28,8 @@ impl Claim {
             true => Thing::Device(meta.rdev()),
             false => Thing::File(meta.dev(), meta.ino()),
         };
-        // Lazily: a claim that was not taken must not be dropped, which would let go of another's.
-        let is_taken = HELD.lock().insert(thing);
-        is_taken.then(|| Claim(thing))
+        // A claim is made only where it holds: dropping another would take it from its holder.
+        if HELD.lock().insert(thing) { Some(Claim(thing)) } else { None }
     }
 }
 
