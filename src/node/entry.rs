@@ -212,19 +212,8 @@ impl Entry {
             Ok::<(), SourceError>(())
         })
         .await;
-        match rested.map_err(|error| No::Failed(Refusal::Internal, error.to_string()))? {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                // What the image holds now is what the next attempt will find.
-                if let (SourceError::Changed { .. }, Some((entry, node))) = (&error, self.strong()) {
-                    let renewed = tokio::task::spawn_blocking(move || node.renew_source(&entry)).await;
-                    if let Ok(Err(error)) = renewed {
-                        tracing::warn!(volume = %self.name, %error, "the image cannot be hashed anew");
-                    }
-                }
-                Err(No::Failed(error.refusal(), error.to_string()))
-            }
-        }
+        let rested = rested.map_err(|error| No::Failed(Refusal::Internal, error.to_string()))?;
+        rested.map_err(|error| No::Failed(error.refusal(), error.to_string()))
     }
 
     /// Runs the copy until everything is here, or it is stopped.
