@@ -245,6 +245,10 @@ impl Inventory {
         let record = entry.record();
         let image = Arc::clone(volume.image());
         let is_released = matches!(record.held.state, State::Released { .. });
+        // Two that keep rows of one image would not see each other's writes.
+        if let Some(source) = entry.source.lock().take() {
+            source.manifest.close();
+        }
         let manifest = Manifest::open(
             record.name,
             record.incarnation,
