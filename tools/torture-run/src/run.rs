@@ -239,6 +239,11 @@ impl<'a> Torture<'a> {
         } else if !is_taken {
             self.relocation.stop_guest()?;
         }
+        // Where the disk was two relocations ago is not needed for this one.
+        let is_third_down = self.relocation.images[third].is_some() && self.random.below(2) == 0;
+        if is_third_down {
+            self.sites.kill(third)?;
+        }
         let is_killed = self.random.below(4) > 0;
         if is_killed {
             self.count(Kind::HandOverKilled);
@@ -262,6 +267,10 @@ impl<'a> Torture<'a> {
             self.relocation.hand_over(&mut self.sites, to, None).context("the hand-over")?;
         }
         self.collect();
+        if is_third_down {
+            self.sites.sites[third].start()?;
+            self.sites.probe(&[to])?;
+        }
         let (from, to) = (self.sites.name(source), self.sites.name(to));
         let how = if is_taken { ", taken from its clients" } else { "" };
         let killed = if is_killed { ", killed meanwhile" } else { "" };
