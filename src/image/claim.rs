@@ -28,7 +28,8 @@ impl Claim {
             true => Thing::Device(meta.rdev()),
             false => Thing::File(meta.dev(), meta.ino()),
         };
-        HELD.lock().insert(thing).then_some(Claim(thing))
+        // A claim is made only where it holds: dropping another would take it from its holder.
+        if HELD.lock().insert(thing) { Some(Claim(thing)) } else { None }
     }
 }
 

@@ -68,6 +68,9 @@ pub(super) enum Disk {
 
 impl Entry {
     pub(super) fn new(node: &Arc<Inventory>, record: VolumeRecord, disk: Disk) -> Arc<Entry> {
+        if let (Disk::Open(volume, _), true) = (&disk, record.is_read_only) {
+            volume.set_read_only();
+        }
         Arc::new_cyclic(|this| Entry {
             name: record.name.clone(),
             node: Arc::downgrade(node),

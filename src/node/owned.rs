@@ -13,7 +13,7 @@ use crate::control::{AddVolume, ApiError, ErrorKind};
 use crate::core::ids::{Incarnation, Name};
 use crate::core::manifest::Geometry;
 use crate::handover::{Epoch, Generation, Held, Machine, State, Verb};
-use crate::image::{Image, Mark, Noted, Unlinked, Verdict};
+use crate::image::{Image, ImageError, Mark, Noted, Unlinked, Verdict, WhyNot};
 use crate::source::{Manifest, SourceError, SourceVolume};
 use crate::volume::{Volume, WriteObserver};
 
@@ -172,9 +172,18 @@ impl Inventory {
         let image = outside.open_image(record)?;
         if let Some(identity) = &record.noted {
             let noted = Noted { identity: identity.clone(), mark: self.records.mark(record.incarnation)? };
-            match image.recognise(&noted)? {
-                Verdict::Same => {}
-                Verdict::SameContent(why) => {
+            match image.recognise(&noted) {
+                Ok(Verdict::Same) => {}
+                // It is the same thing, all of which is the volume's: who wrote it meanwhile may do so. Of a volume that is
+                // arriving, what has arrived would not be what the rows say.
+                Err(ImageError::NotTheSame { why: WhyNot::OtherContent(None), .. })
+                    if record.held.state.is_complete() =>
+                {
+                    tracing::warn!(volume = %record.name, image = %record.image.display(), "the image was written by somebody else while this site did not have it open");
+                    self.records.note_mark(record.incarnation, None)?;
+                }
+                Err(error) => return Err(error.into()),
+                Ok(Verdict::SameContent(why)) => {
                     tracing::warn!(volume = %record.name, image = %record.image.display(), why, "the image was moved or copied; it holds what it held");
                 }
             }
@@ -252,7 +261,9 @@ impl Inventory {
     /// was looked at before that would be believed for ever.
     pub(super) fn offer(&self, entry: &Entry) -> Result<(), String> {
         let volume = entry.volume()?;
-        if let Some(manifest) = entry.source.lock().as_ref().map(|source| Arc::clone(&source.manifest)) {
+        // Not one expression: the lock would be held while the source is set.
+        let kept = entry.source.lock().as_ref().map(|source| Arc::clone(&source.manifest));
+        if let Some(manifest) = kept {
             // Of a volume that was a source before, and is one again.
             self.set_source(entry, &volume, manifest);
             return Ok(());

@@ -60,11 +60,6 @@ impl Disk {
         &self.bits
     }
 
-    /// Whether the volume still lives.
-    pub(super) fn life(&self) -> &Arc<Life> {
-        &self.life
-    }
-
     /// An error unless a block that was fetched is as long as it must be. A longer one would be written over what a guest wrote behind it.
     pub(super) fn check_len(&self, block: BlockIndex, got_bytes: usize) -> Result<(), VolumeError> {
         let expected_bytes = self.geometry.len_of(block);

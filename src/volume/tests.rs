@@ -95,7 +95,7 @@ impl Sites {
         let geometry = Geometry::new(image.size_bytes(), BLOCK).expect("a geometry");
         let source_state: Arc<dyn State> = Arc::new(MemoryState::new());
         let manifest =
-            Manifest::open(name("vm"), Incarnation([1; 16]), Arc::clone(&image), geometry, source_state, false)
+            Manifest::open(name("vm"), Incarnation([1; 16]), Arc::clone(&image), geometry, source_state, true)
                 .expect("opens");
         let source =
             Arc::new(SourceVolume { name: name("vm"), image, geometry, manifest: Arc::new(manifest), generation: 1 });

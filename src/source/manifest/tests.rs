@@ -328,7 +328,7 @@ fn another_file_under_a_released_images_path_is_not_served() {
     let manifest = Arc::new(lab.open());
     assert!(serve(&manifest, 2).is_err());
     assert_eq!(serve(&manifest, 1), Ok(BlockId::ZERO), "is what was announced");
-    assert!(serve(&manifest, 2052).is_err(), "its end is not what was announced");
+    assert!(serve(&manifest, 2053).is_err(), "its end is not what was announced");
 }
 
 #[test]
