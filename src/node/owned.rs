@@ -342,7 +342,7 @@ pub(super) fn delete_made(record: &VolumeRecord, volume: Option<&Volume>) {
 
 impl Inventory {
     /// Keeps a name from being taken twice at the same time.
-    pub(super) fn reserve(self: &Arc<Self>, name: &Name) -> Result<Reserved, ApiError> {
+    pub fn reserve(self: &Arc<Self>, name: &Name) -> Result<Reserved, ApiError> {
         if self.entry(name).is_some() || !self.reserved.lock().insert(name.clone()) {
             return Err(ApiError::new(
                 ErrorKind::Conflict,
@@ -408,7 +408,7 @@ impl Inventory {
 }
 
 /// A name that is being worked on.
-pub(super) struct Reserved {
+pub struct Reserved {
     site: Arc<Inventory>,
     name: Name,
 }
