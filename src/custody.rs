@@ -340,7 +340,10 @@ impl Task {
 
     /// In their order. A failed journal holds back what follows it.
     async fn carry_out(&mut self, outputs: Vec<Output>) {
-        *self.view.lock() = View::of(&self.machine);
+        // What is about to be journalled is shown to nobody before it is durable.
+        if !self.machine.is_unsure() && !outputs.iter().any(|output| matches!(output, Output::Journal(_))) {
+            *self.view.lock() = View::of(&self.machine);
+        }
         let mut outputs = outputs.into_iter();
         while let Some(output) = outputs.next() {
             match output {
@@ -354,8 +357,10 @@ impl Task {
                             debug_assert_eq!(output, Output::Bar);
                             self.keeper.bar();
                         }
-                        *self.view.lock() = View::of(&self.machine);
+                        self.view.lock().is_unsure = true;
+                        return;
                     }
+                    *self.view.lock() = View::of(&self.machine);
                 }
                 Output::Admit => self.keeper.admit(),
                 Output::Bar => self.keeper.bar(),

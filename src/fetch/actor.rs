@@ -19,7 +19,7 @@ use super::{
 use crate::core::frame::Frame;
 use crate::core::ids::{BlockId, Class, Name};
 use crate::core::manifest::Page;
-use crate::core::scheduler::{Action, Failure, FlightId, Landed, Limits, Now, Scheduler, WaiterId, WantBlock};
+use crate::core::scheduler::{Action, Failure, FlightId, Landed, Limits, Now, Place, Scheduler, WaiterId, WantBlock};
 use crate::core::wire::{Control, MAX_WANTS_PER_FRAME, Refusal, Want};
 use crate::handover;
 use crate::transport::Link;
@@ -106,8 +106,8 @@ struct Actor {
     /// Who wants to know what peers say of their volumes' epochs.
     heard: Option<UnboundedSender<Heard>>,
     waiters: HashMap<WaiterId, Waiting>,
-    /// Verified and not in the store yet: answered from here.
-    unstored: HashMap<BlockId, Bytes>,
+    /// Verified and not in the store yet, with whoever sent it: answered from here.
+    unstored: HashMap<BlockId, (Bytes, PeerKey)>,
     unstored_bytes: usize,
     budget: Arc<Semaphore>,
 }
@@ -257,12 +257,12 @@ impl Actor {
             Command::LookedUp { flight, hit, budget } => {
                 let landed = self.scheduler.looked_up(now, flight, hit.is_some());
                 if let (Some(landed), Some(bytes)) = (landed, hit) {
-                    self.answer(landed, &bytes, Origin::Store, 0, None, &budget);
+                    self.answer(landed, &bytes, Origin::Store, None, 0, None, &budget);
                 }
             }
             Command::Stored { ids } => {
                 for id in ids {
-                    let stored = self.unstored.remove(&id).map_or(0, |bytes| bytes.len());
+                    let stored = self.unstored.remove(&id).map_or(0, |(bytes, _)| bytes.len());
                     self.unstored_bytes = self.unstored_bytes.saturating_sub(stored);
                 }
             }
@@ -584,8 +584,13 @@ impl Actor {
             let _ = reply.send(Err(FetchError::Gone));
             return;
         }
-        if let Some(bytes) = want.id.and_then(|id| self.unstored.get(&id)) {
-            let (id, bytes) = (want.id.unwrap_or_default(), bytes.clone());
+        if let Some(id) = want.id
+            && let Some((bytes, sender)) = self.unstored.get(&id).cloned()
+        {
+            if bytes.len() != want.len_bytes as usize {
+                let _ = reply.send(Err(self.wrong_length(Some(sender), &want.place, id, bytes.len(), want.len_bytes)));
+                return;
+            }
             let (origin, class) = (Origin::Joined, want.class);
             let _ = reply.send(Ok(Block { id, bytes, origin, wire_bytes: 0, class, budget: None }));
             return;
@@ -617,6 +622,7 @@ impl Actor {
                     return;
                 }
                 let Some(landed) = self.scheduler.arrived(now, flight, wire_bytes) else { return };
+                let sender = peer;
                 if landed.class == Class::Bulk
                     && let Some(peer) = self.peers.get_mut(&peer)
                 {
@@ -624,16 +630,16 @@ impl Actor {
                 }
                 match frame {
                     Some(frame) => {
-                        self.answer(landed, &bytes, Origin::Wire, wire_bytes, Some(id), &budget);
+                        self.answer(landed, &bytes, Origin::Wire, Some(sender), wire_bytes, Some(id), &budget);
                         if budget.is_some() || self.unstored_bytes < MAX_UNSTORED_BYTES {
                             self.unstored_bytes += bytes.len();
-                            if let Some(before) = self.unstored.insert(id, bytes) {
+                            if let Some((before, _)) = self.unstored.insert(id, (bytes, sender)) {
                                 self.unstored_bytes = self.unstored_bytes.saturating_sub(before.len());
                             }
                             self.lanes.put(id, frame, budget);
                         }
                     }
-                    None => self.answer(landed, &Bytes::new(), Origin::Zero, wire_bytes, Some(id), &None),
+                    None => self.answer(landed, &Bytes::new(), Origin::Zero, Some(sender), wire_bytes, Some(id), &None),
                 }
             }
             Arrived::Damaged { flight, why } if flight & ASK_FLIGHTS == 0 => {
@@ -710,11 +716,25 @@ impl Actor {
         }
     }
 
+    /// An id that fits bytes of another length than the volume's block has: of a volume of another block size, or a lying
+    /// source. Where the store had them, it is the volume's peer that announced the id.
+    fn wrong_length(&self, sender: Option<PeerKey>, place: &Place, id: BlockId, have: usize, want: u32) -> FetchError {
+        let announcer = || self.volumes.get(&place.volume).map(|volume| volume.peer);
+        let Some(peer) = sender.or_else(announcer).and_then(|peer| self.peers.get(&peer)) else {
+            return FetchError::Gone;
+        };
+        tracing::warn!(peer = %peer.name, ?id, "a block of {have} bytes came for one of {want}");
+        let why = "a block of the wrong length came".to_owned();
+        FetchError::Refused { peer: peer.name.clone(), refusal: Refusal::BadRequest, epoch: 0, why }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "what is known of one block")]
     fn answer(
         &mut self,
         landed: Landed,
         bytes: &Bytes,
         origin: Origin,
+        sender: Option<PeerKey>,
         wire_bytes: u64,
         id: Option<BlockId>,
         budget: &Budgeted,
@@ -725,15 +745,9 @@ impl Actor {
             let bytes =
                 if origin == Origin::Zero { Bytes::from(vec![0; waiting.len_bytes as usize]) } else { bytes.clone() };
             let id = id.or(waiting.expected).unwrap_or_default();
-            // Of a volume of another block size, or a lying source: an id that fits bytes of another length.
             if bytes.len() != waiting.len_bytes as usize {
-                tracing::warn!(?id, "a block of {} bytes came for one of {}", bytes.len(), waiting.len_bytes);
-                let why = "a block of the wrong length came".to_owned();
-                let refusal = Refusal::BadRequest;
-                let peer = self.peers.values().next().map(|peer| peer.name.clone());
-                if let Some(peer) = peer {
-                    let _ = waiting.reply.send(Err(FetchError::Refused { peer, refusal, epoch: 0, why }));
-                }
+                let error = self.wrong_length(sender, &waiter.place, id, bytes.len(), waiting.len_bytes);
+                let _ = waiting.reply.send(Err(error));
                 continue;
             }
             let (origin, wire_bytes) = match asked_first {

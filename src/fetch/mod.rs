@@ -470,3 +470,6 @@ impl Drop for CloseOnDrop<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

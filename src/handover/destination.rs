@@ -126,6 +126,7 @@ impl Machine {
                 self.operators.push(ticket);
                 outputs
             }
+            (Phase::Filling(_), _) => no(ticket, No::Reclaiming),
             (_, State::GivingBack { .. }) | (Phase::GivingUp { .. }, _) => {
                 self.operators.push(ticket);
                 Vec::new()
@@ -176,6 +177,11 @@ impl Machine {
         let owes = Debt { peer: from, what: Owed::Completed, epoch };
         let mut outputs = self.change(epoch, State::Owned, Some(owes), false);
         outputs.push(Output::Offer);
+        if matches!(self.phase, Phase::Filling(_)) {
+            // It said so after it was stopped: nothing is lost.
+            self.phase = Phase::Resting;
+            outputs.extend(self.tell_operators(&Reply::No(No::NothingToReclaim)));
+        }
         outputs
     }
 

@@ -55,6 +55,8 @@ pub struct Machine {
     is_doubted: bool,
     /// What could not be journalled, and what follows it.
     unsure: Option<Box<(Row, Vec<Output>)>>,
+    /// What ended meanwhile: heard, one for each tick, when that is journalled.
+    late: Vec<Input>,
     next_job: u32,
     /// Nothing is here any more.
     has_ended: bool,
@@ -111,6 +113,7 @@ impl Machine {
             because: None,
             is_doubted: false,
             unsure: None,
+            late: Vec::new(),
             next_job: 0,
             has_ended: false,
         }
@@ -126,9 +129,9 @@ impl Machine {
         self.has_ended
     }
 
-    /// Whether something waits to be journalled: [`Input::Tick`] tries again.
+    /// Whether something waits to be journalled, or to be heard after that: [`Input::Tick`] goes on.
     pub fn is_unsure(&self) -> bool {
-        self.unsure.is_some()
+        self.unsure.is_some() || !self.late.is_empty()
     }
 
     /// The peer to which the volume is being handed over at this moment.
@@ -159,12 +162,17 @@ impl Machine {
 
     /// Decides. The outputs are to be carried out in their order before the next input.
     pub fn handle(&mut self, input: Input, facts: &Facts) -> Vec<Output> {
-        if self.has_ended {
-            return self.answer_after_the_end(input);
-        }
+        // The end, too, is to be journalled.
         if self.unsure.is_some() {
             return self.handle_unsure(input);
         }
+        if self.has_ended {
+            return self.answer_after_the_end(input);
+        }
+        let input = match input {
+            Input::Tick if !self.late.is_empty() => self.late.remove(0),
+            input => input,
+        };
         match input {
             Input::Begin(ticket, take) => self.begin(ticket, take),
             Input::Asked { ticket, peer, is_granted, question } => {
@@ -192,16 +200,23 @@ impl Machine {
         vec![Output::Bar]
     }
 
-    /// While something is not journalled only the clock and those who leave are heard; all others are to ask again.
+    /// While something is not journalled only the clock is heard. Who asks is to ask again, what ends waits.
     fn handle_unsure(&mut self, input: Input) -> Vec<Output> {
         let no = || No::Journal("the last change of ownership is yet to be written".into());
         match input {
             Input::Tick => match self.unsure.take().map(|unsure| *unsure) {
-                Some((row, rest)) => [vec![Output::Journal(row)], rest].concat(),
+                // What was admitted before is barred since, and who admits now may be in doubt since: decided anew.
+                Some((row, rest)) => {
+                    let mut outputs = vec![Output::Journal(row)];
+                    outputs.extend(self.readmit());
+                    outputs.extend(rest.into_iter().filter(|output| *output != Output::Admit));
+                    outputs
+                }
                 None => Vec::new(),
             },
             Input::Asked { ticket, .. } => {
-                let answer = Answer::Refused(Some(self.held.epoch), no());
+                // Which epoch holds is not durable.
+                let answer = Answer::Refused(None, no());
                 vec![Output::Reply(ticket, Reply::Peer(answer))]
             }
             Input::Told(ticket, _) | Input::Begin(ticket, _) => vec![Output::Reply(ticket, Reply::No(no()))],
@@ -210,7 +225,14 @@ impl Machine {
                 self.is_doubted = is_doubted;
                 Vec::new()
             }
-            _ => Vec::new(),
+            // Nobody is waited for while something is unsure.
+            Input::Hung(_) => Vec::new(),
+            input => {
+                if !self.has_ended && !self.late.contains(&input) {
+                    self.late.push(input);
+                }
+                Vec::new()
+            }
         }
     }
 
@@ -241,6 +263,7 @@ impl Machine {
     fn end(&mut self, to: Option<Name>, with_image: bool) -> Vec<Output> {
         let left = Some(Left { to, epoch: self.held.epoch });
         self.has_ended = true;
+        self.late.clear();
         self.phase = Phase::Resting;
         vec![
             Output::Bar,

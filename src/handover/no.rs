@@ -57,6 +57,8 @@ pub enum No {
     Needed(Name),
     /// The person saw another epoch.
     NotThisEpoch(Epoch),
+    /// It is being reclaimed.
+    Reclaiming,
     /// There is nothing to reclaim.
     NothingToReclaim,
     /// The peer refused, in its own words.
@@ -87,7 +89,9 @@ impl No {
             No::Journal(_) => Refusal::Internal,
             No::Failed(refusal, _) | No::Peer { refusal, .. } => *refusal,
             No::ShuttingDown => Refusal::ShuttingDown,
-            No::Arriving(_) | No::NoImage | No::HandingOver(_) | No::GivingBack(_) | No::Removing => Refusal::Busy,
+            No::Arriving(_) | No::NoImage | No::HandingOver(_) | No::GivingBack(_) | No::Removing | No::Reclaiming => {
+                Refusal::Busy
+            }
             No::Written(_) | No::NoWayBack | No::Needed(_) | No::NotThisEpoch(_) | No::NothingToReclaim => {
                 Refusal::BadRequest
             }
@@ -110,7 +114,9 @@ impl No {
             No::GivingBack(from) => format!(
                 "it ends when {from} answers; if {from} is lost for good, `blockferry reclaim {volume} --epoch N`"
             ),
-            No::HandingOver(_) | No::Removing => format!("try again in a moment; see `blockferry status {volume}`"),
+            No::HandingOver(_) | No::Removing | No::Reclaiming => {
+                format!("try again in a moment; see `blockferry status {volume}`")
+            }
             No::Journal(_) => "make the state directory writable; it is tried again by itself".into(),
             No::Withdrawn | No::Expired => "nothing has changed hands; try again".into(),
             No::NoWayBack | No::NothingToReclaim => format!("see `blockferry status {volume}`"),
@@ -132,6 +138,7 @@ impl fmt::Display for No {
             No::HandingOver(to) => write!(f, "it is being handed over to {to}"),
             No::GivingBack(from) => write!(f, "it is being given back to {from}"),
             No::Removing => write!(f, "it is being removed"),
+            No::Reclaiming => write!(f, "it is being reclaimed"),
             No::Withdrawn => write!(f, "the hand-over was withdrawn"),
             No::Expired => write!(f, "the hand-over took longer than it may, and was withdrawn"),
             No::Journal(why) => write!(f, "the state database cannot be written: {why}"),

@@ -179,6 +179,15 @@ impl Machine {
                 let to = to.clone();
                 self.refuse(ticket, No::OwnedBy(to))
             }
+            // It may be owned here at the epoch before by and by: a question that is still on its way could be granted then.
+            State::Arriving { from } | State::Asking { from } => {
+                let from = from.clone();
+                self.refuse(ticket, No::Arriving(from))
+            }
+            State::GivingBack { from, .. } => {
+                let from = from.clone();
+                self.refuse(ticket, No::GivingBack(from))
+            }
             _ => self.refuse(ticket, No::Epoch { asked: epoch, holds }),
         }
     }
@@ -198,6 +207,8 @@ impl Machine {
                 let by = peer.clone();
                 self.refuse(ticket, No::Reclaimed { by, epoch: holds })
             }
+            // It was given back since: nothing here waits for the peer's blocks any more.
+            _ if holds > epoch => self.done(ticket),
             _ => self.refuse(ticket, No::Epoch { asked: epoch, holds }),
         }
     }
@@ -251,6 +262,7 @@ impl Machine {
                 let to = asker.peer.clone();
                 no(ticket, No::HandingOver(to))
             }
+            (Phase::Filling(_), _) => no(ticket, No::Reclaiming),
             (_, State::Owned) if facts.clients > 0 => no(ticket, No::InUse(facts.clients)),
             (Phase::Resting, State::Owned) => {
                 let job = self.new_job();

@@ -6,20 +6,20 @@ use std::sync::Arc;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
-use super::Node;
 use super::entry::Entry;
+use super::inventory::Inventory;
 use crate::core::ids::{Name, Nonce};
 use crate::core::wire::Refusal;
 use crate::handover::{Answer, No, Question, State, answer_without_volume};
 use crate::source::{Catalog, Offered, Refused};
 
-impl Catalog for Node {
+impl Catalog for Inventory {
     fn open(&self, peer: &Name, volume: &Name) -> Result<Offered, Refused> {
         let is_granted = self.is_granted(peer, volume);
         let unknown = || {
             let why = format!(
                 "there is no volume {volume} for this peer: check the name, and `volumes` in the [[peers]] entry at {}",
-                self.config.site.name
+                self.site
             );
             (Refusal::UnknownVolume, 0, why)
         };
@@ -44,7 +44,7 @@ impl Catalog for Node {
         }
         if let Err(why) = entry.volume() {
             tracing::warn!(%volume, %peer, why, "a peer asked for a volume whose image cannot be opened");
-            let why = format!("the image of volume {volume} cannot be opened at {}", self.config.site.name);
+            let why = format!("the image of volume {volume} cannot be opened at {}", self.site);
             return Err((Refusal::Busy, epoch, why));
         }
         let source = entry.source.lock().clone();
@@ -74,9 +74,9 @@ impl Catalog for Node {
     }
 }
 
-impl Node {
+impl Inventory {
     fn is_granted(&self, peer: &Name, volume: &Name) -> bool {
-        self.config.peer(peer).is_some_and(|peer| peer.volumes.includes(volume))
+        self.outside().is_some_and(|outside| outside.is_granted(peer, volume))
     }
 
     /// Why guests may only read a volume, if that is so.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::Node;
+use super::inventory::Inventory;
 use crate::core::ids::Name;
 use crate::core::wire::Refusal;
 use crate::handover::{Answer, Debt, Epoch, No, Owed, Question};
@@ -59,7 +59,7 @@ fn outcome(debt: &Debt, answer: &Answer) -> Outcome {
     }
 }
 
-impl Node {
+impl Inventory {
     /// Reads what is owed, and sees to it for as long as the site runs.
     pub(super) async fn pay_debts(self: Arc<Self>) {
         loop {

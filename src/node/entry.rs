@@ -9,7 +9,7 @@ use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use super::Node;
+use super::inventory::Inventory;
 use super::record::{RecordError, VolumeRecord};
 use super::status::RateMeter;
 use crate::core::ids::Name;
@@ -34,9 +34,9 @@ const LEAST_PRESYNCS: u32 = 3;
 const ASK_AGAIN: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(5)];
 
 /// See the module.
-pub(crate) struct Entry {
+pub struct Entry {
     pub(super) name: Name,
-    node: Weak<Node>,
+    node: Weak<Inventory>,
     this: Weak<Entry>,
     record: Mutex<VolumeRecord>,
     /// Set, under the record's lock, when nothing of the volume is here any more.
@@ -67,7 +67,10 @@ pub(super) enum Disk {
 }
 
 impl Entry {
-    pub(super) fn new(node: &Arc<Node>, record: VolumeRecord, disk: Disk) -> Arc<Entry> {
+    pub(super) fn new(node: &Arc<Inventory>, record: VolumeRecord, disk: Disk) -> Arc<Entry> {
+        if let (Disk::Open(volume, _), true) = (&disk, record.is_read_only) {
+            volume.set_read_only();
+        }
         Arc::new_cyclic(|this| Entry {
             name: record.name.clone(),
             node: Arc::downgrade(node),
@@ -96,16 +99,17 @@ impl Entry {
     }
 
     /// The volume's task. It is started before anybody else sees the entry.
-    pub(super) fn custody(&self) -> &Custody {
+    pub fn custody(&self) -> &Custody {
         self.custody.get().expect("the task is started before the entry is shared")
     }
 
-    pub(super) fn record(&self) -> VolumeRecord {
+    /// What is journalled.
+    pub fn record(&self) -> VolumeRecord {
         self.record.lock().clone()
     }
 
     /// The open volume, or why there is none.
-    pub(super) fn volume(&self) -> Result<Arc<Volume>, String> {
+    pub fn volume(&self) -> Result<Arc<Volume>, String> {
         match &*self.disk.lock() {
             Disk::Open(volume, _) => Ok(Arc::clone(volume)),
             Disk::Shut(why) => Err(why.clone()),
@@ -171,7 +175,7 @@ impl Entry {
         Ok(())
     }
 
-    fn strong(&self) -> Option<(Arc<Entry>, Arc<Node>)> {
+    fn strong(&self) -> Option<(Arc<Entry>, Arc<Inventory>)> {
         Some((self.this.upgrade()?, self.node.upgrade()?))
     }
 
@@ -206,13 +210,13 @@ impl Entry {
         }
         let source = self.source.lock().clone().ok_or(No::NoImage)?;
         let Some((entry, node)) = self.strong() else { return Err(No::ShuttingDown) };
-        let rested = tokio::task::spawn_blocking(move || {
+        let marking = Arc::clone(&node);
+        let rested = node.run_apart(move || {
             source.manifest.release()?;
-            node.mark(&entry);
+            marking.mark(&entry);
             Ok::<(), SourceError>(())
-        })
-        .await;
-        let rested = rested.map_err(|error| No::Failed(Refusal::Internal, error.to_string()))?;
+        });
+        let rested = rested.await.map_err(|error| No::Failed(Refusal::Internal, error))?;
         rested.map_err(|error| No::Failed(error.refusal(), error.to_string()))
     }
 
@@ -279,8 +283,8 @@ impl Keeper for Entry {
         let (entry, row) = (self.this.upgrade(), row.clone());
         Box::pin(async move {
             let entry = entry.ok_or("the site is shutting down")?;
-            let written = tokio::task::spawn_blocking(move || entry.write(&row)).await;
-            written.map_err(|error| error.to_string())?
+            let node = entry.node.upgrade().ok_or("the site is shutting down")?;
+            node.run_apart(move || entry.write(&row)).await?
         })
     }
 
@@ -353,8 +357,9 @@ impl Keeper for Entry {
         let Some((entry, node)) = self.strong() else { return };
         *self.copying.lock() = None;
         // Not awaited: it waits for the writes that nobody noted, which may be a TRIM of everything.
-        tokio::task::spawn_blocking(move || {
-            if let Err(why) = node.offer(&entry) {
+        tokio::spawn(async move {
+            let (offering, offered) = (Arc::clone(&node), Arc::clone(&entry));
+            if let Err(why) = node.run_apart(move || offering.offer(&offered)).await.and_then(|done| done) {
                 tracing::error!(volume = %entry.name, why, "the volume is complete, but no peer can fetch it from here");
                 *entry.trouble.lock() = Some(why);
             }
@@ -383,7 +388,9 @@ impl Keeper for Entry {
                 Disk::Shut(_) => None,
             };
             if with_image {
-                node.delete_made(&self.record(), volume.as_deref());
+                if let Some(outside) = node.outside() {
+                    outside.delete_image(&self.record(), volume.as_deref());
+                }
             }
             node.forget(&entry);
             tracing::info!(volume = %self.name, "nothing of the volume is served here any more");

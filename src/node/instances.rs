@@ -7,8 +7,8 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
+use super::inventory::Inventory;
 use super::record::{Instance, RecordError, Records};
-use super::{Node, random};
 use crate::core::ids::{Name, Nonce};
 
 /// Where each peer's accepted instance last came from.
@@ -59,13 +59,13 @@ impl Instances {
 
 /// This site's numbers for one peer that it fetches from.
 pub(super) struct OwnInstance {
-    node: Weak<Node>,
+    node: Weak<Inventory>,
     peer: Name,
     records: Records,
 }
 
 impl OwnInstance {
-    pub(super) fn new(node: &Arc<Node>, peer: &Name) -> Arc<OwnInstance> {
+    pub(super) fn new(node: &Arc<Inventory>, peer: &Name) -> Arc<OwnInstance> {
         Arc::new(OwnInstance { node: Arc::downgrade(node), peer: peer.clone(), records: node.records.clone() })
     }
 
@@ -83,7 +83,8 @@ impl crate::fetch::Greeting for OwnInstance {
     fn offer(&self) -> Result<(Nonce, Nonce), String> {
         let mut instance = self.records.instance_for(&self.peer).map_err(|error| error.to_string())?;
         if instance.next == Nonce::default() {
-            instance.next = Nonce(random());
+            let node = self.node.upgrade().ok_or("the site is shutting down")?;
+            instance.next = Nonce(node.draw());
             // Durable before it is said: after a crash the same is said again.
             self.records.note_instance_for(&self.peer, &instance).map_err(|error| error.to_string())?;
         }
@@ -110,7 +111,7 @@ impl crate::fetch::Greeting for OwnInstance {
     }
 }
 
-impl Node {
+impl Inventory {
     /// Tells every volume that has to do with a peer.
     fn doubt(&self, peer: &Name, is_doubted: bool) {
         let entries: Vec<_> = self.volumes.lock().values().cloned().collect();

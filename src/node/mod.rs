@@ -7,10 +7,11 @@ mod debts;
 mod entry;
 mod export;
 mod instances;
+mod inventory;
 mod listeners;
 mod owned;
 mod prewarm;
-mod record;
+pub mod record;
 mod record_v1;
 mod refusal;
 mod relocate;
@@ -25,29 +26,29 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use parking_lot::Mutex;
-use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::watch;
 
 use crate::config::{Config, HostPort};
 use crate::control::{ApiError, ControlServer, Site};
-use crate::core::ids::{Incarnation, Name};
+use crate::core::ids::Name;
 use crate::core::scheduler::Limits;
-use crate::fetch::{Fetch, Heard, PeerKey, VolumeKey, Waiting};
-use crate::handover::{Answer, Epoch, Question, State as Ownership};
+use crate::fetch::{Fetch, PeerKey, VolumeKey, Waiting};
+use crate::handover::State as Ownership;
+use crate::image::{Image, ImageError};
 use crate::nbd::{NbdLimits, NbdListener, NbdServer};
 use crate::source::{Hasher, SourceOptions, serve_link};
 use crate::store::{RocksStore, State, StateDb, Store, StoreOptions};
 use crate::transport::{Endpoint, EndpointOptions, Identity, KeepConnected, PeerTarget, Trust, keep_connected};
+use crate::units::Patience;
 use crate::volume::Volume;
 use crate::workers::Workers;
 
 use databases::Databases;
-use debts::Debts;
-use entry::Entry;
+pub use entry::Entry;
 use export::{Found, Served, VolumeExports};
-use instances::{Instances, OwnInstance};
+pub use inventory::{Inventory, InventoryParts, Outside};
 pub use listeners::nbd_listeners;
-use record::Records;
+use record::VolumeRecord;
 
 /// How long clients' requests and peers' connections may take to end at a shutdown.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
@@ -63,24 +64,14 @@ pub struct Node {
     config: Config,
     identity: Identity,
     endpoint: Endpoint,
-    fetch: Fetch,
+    inventory: Arc<Inventory>,
     store: Arc<dyn Store>,
-    state: Arc<dyn State>,
-    records: Records,
-    /// Guests' file I/O, and the landing of fetched blocks.
-    disk_workers: Workers,
     /// Hashing, compressing, decompressing and verifying.
     cpu_workers: Workers,
-    hasher: Hasher,
-    volumes: Mutex<BTreeMap<Name, Arc<Entry>>>,
-    /// Names for which a relocation or an addition is under way.
-    reserved: Mutex<std::collections::BTreeSet<Name>>,
     /// Why the last relocation of a name came to nothing, for whoever waits for it.
     failures: Mutex<BTreeMap<Name, ApiError>>,
     /// Names that NBD clients asked for here in vain, and when.
     knocks: Mutex<HashMap<Name, Instant>>,
-    debts: Debts,
-    instances: Instances,
     links: Mutex<HashMap<PeerKey, KeepConnected>>,
     peer_views: Mutex<Vec<(PeerKey, crate::fetch::PeerView)>>,
     waiting: Mutex<BTreeMap<VolumeKey, Waiting>>,
@@ -182,23 +173,17 @@ impl Node {
         .await?;
         let limits = Limits { bulk_min_share: config.bulk.min_share.get(), ..Limits::default() };
         let fetch = Fetch::start(limits, Arc::clone(&store)).context("starting the store's threads")?;
-        let heard = fetch.listen();
         fetch.limit_site(config.bulk.rate.as_bytes_per_s());
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
         let disk_workers = Workers::start("disk", DISK_THREADS, 2).context("starting the disk's threads")?;
         let cpu_workers = Workers::start("cpu", cores.min(4), cores).context("starting the worker threads")?;
         let hasher = Hasher::start().context("starting the hasher")?;
-        let node = Arc::new_cyclic(|this| Node {
-            records: Records::new(Arc::clone(&state)),
-            disk_workers,
+        let parts = InventoryParts { site: config.site.name.clone(), fetch, state, disk_workers, hasher };
+        let node = Arc::new_cyclic(|this: &Weak<Node>| Node {
+            inventory: Inventory::new(parts, this.clone() as Weak<dyn Outside>),
             cpu_workers,
-            hasher,
-            volumes: Mutex::default(),
-            reserved: Mutex::default(),
             failures: Mutex::default(),
             knocks: Mutex::default(),
-            debts: Debts::default(),
-            instances: Instances::default(),
             links: Mutex::default(),
             peer_views: Mutex::default(),
             waiting: Mutex::default(),
@@ -208,20 +193,10 @@ impl Node {
             config,
             identity,
             endpoint,
-            fetch,
             store,
-            state,
             this: this.clone(),
         });
-        let records = node.records.load(&|| Incarnation(random()))?;
-        node.forget_strangers(&records)?;
-        node.read_debts()?;
-        // One volume whose disk is missing must not keep the others from being served; what is journalled of it stays.
-        for record in records {
-            node.restore(record).await;
-        }
-        tokio::spawn(Arc::clone(&node).pay_debts());
-        tokio::spawn(Arc::clone(&node).hear(heard));
+        node.inventory.start().await?;
         Ok(node)
     }
 
@@ -243,7 +218,7 @@ impl Node {
             },
         };
         while let Some(new) = self.endpoint.accept().await {
-            let catalog = Arc::clone(&self) as Arc<dyn crate::source::Catalog>;
+            let catalog = Arc::clone(&self.inventory) as Arc<dyn crate::source::Catalog>;
             tokio::spawn(serve_link(new, catalog, self.hasher.clone(), self.cpu_workers.clone(), options.clone()));
         }
     }
@@ -260,15 +235,11 @@ impl Node {
                 PeerTarget { name: peer.name.clone(), address: address.to_string(), fingerprint: peer.fingerprint };
             let (new_links, keeper) = keep_connected(self.endpoint.clone(), target);
             let site = self.config.site.name.clone();
-            let greeting = OwnInstance::new(self, &peer.name);
+            let greeting = self.inventory.greeting(&peer.name);
             self.fetch.add_peer(key, peer.name.clone(), site, new_links, self.cpu_workers.clone(), greeting);
             place.insert(keeper);
         }
         Some(key)
-    }
-
-    fn entry(&self, name: &Name) -> Option<Arc<Entry>> {
-        self.volumes.lock().get(name).cloned()
     }
 
     fn default_image(&self, name: &Name) -> PathBuf {
@@ -377,24 +348,44 @@ impl Served for Node {
     }
 }
 
-impl Node {
-    /// Asks a peer about a volume, once; None where there was no answer.
-    async fn ask_peer(self: &Arc<Self>, peer: &Name, volume: &Name, question: &Question) -> Option<Answer> {
-        let Some(key) = self.ensure_dialled(peer) else {
-            // No address: nothing is asked until the configuration has one.
-            return std::future::pending().await;
-        };
-        entry::answer_of(self.fetch.ask(key, volume.clone(), question.clone()).await)
+/// The volumes are the inventory's, which the simulation runs, too.
+impl std::ops::Deref for Node {
+    type Target = Arc<Inventory>;
+    fn deref(&self) -> &Arc<Inventory> {
+        &self.inventory
+    }
+}
+
+impl Outside for Node {
+    fn dial(&self, peer: &Name) -> Option<PeerKey> {
+        self.this.upgrade().and_then(|node| node.ensure_dialled(peer))
     }
 
-    /// What peers say of volumes without having been asked.
-    async fn hear(self: Arc<Self>, mut said: UnboundedReceiver<Heard>) {
-        while let Some(Heard { peer, volume, epoch }) = said.recv().await {
-            let peer = self.config.peers.get(peer.0 as usize).map(|peer| peer.name.clone());
-            if let (Some(peer), Some(entry)) = (peer, self.entry(&volume)) {
-                entry.custody().heard(peer, Epoch(epoch));
-            }
+    fn peer_name(&self, peer: PeerKey) -> Option<Name> {
+        self.config.peers.get(peer.0 as usize).map(|peer| peer.name.clone())
+    }
+
+    fn is_granted(&self, peer: &Name, volume: &Name) -> bool {
+        self.config.peer(peer).is_some_and(|peer| peer.volumes.includes(volume))
+    }
+
+    fn open_image(&self, record: &VolumeRecord) -> Result<Image, ImageError> {
+        Image::open_known(&record.image, record.geometry.size_bytes)
+    }
+
+    fn delete_image(&self, record: &VolumeRecord, volume: Option<&Volume>) {
+        owned::delete_made(record, volume);
+    }
+
+    fn demand_timeout(&self) -> Option<Duration> {
+        match self.config.demand.timeout {
+            Patience::Forever => None,
+            Patience::For(timeout) => Some(timeout),
         }
+    }
+
+    fn draw(&self) -> [u8; 16] {
+        random()
     }
 }
 

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::Node;
 use super::entry::{Disk, Entry};
+use super::inventory::Inventory;
 use super::record::{Pace, RecordError, Records, VERSION, VolumeRecord};
 use super::refusal::api_error;
-use super::{Node, random};
 use crate::control::{AddVolume, ApiError, ErrorKind};
 use crate::core::ids::{Incarnation, Name};
 use crate::core::manifest::Geometry;
@@ -53,32 +54,53 @@ impl Node {
                 "if this image is to be served under the name all the same, say --again",
             ));
         }
-        let node = Arc::clone(self);
         let again = add.again;
-        let added = tokio::task::spawn_blocking(move || node.make_owned(add, left.map(|left| left.epoch))).await;
-        let entry = added.map_err(|error| internal(error.to_string()))??;
-        entry.custody().settled().await;
-        self.volumes.lock().insert(name.clone(), entry);
+        let image = self.run_apart(move || Image::open_best(&add.image)).await.map_err(internal)?;
+        let image = image.map_err(|error| ApiError::new(ErrorKind::Invalid, format!("volume {name}: {error}"), ""))?;
+        let block_size = u64::from(self.config.store.block_size.bytes());
+        let geometry = Geometry::new(image.size_bytes(), block_size)
+            .map_err(|error| ApiError::new(ErrorKind::Invalid, format!("volume {name}: {error}"), ""))?;
+        self.own(&name, image, geometry, left.map(|left| left.epoch)).await.map_err(internal)?;
         tracing::info!(volume = %name, again, "a volume is served");
         Ok(())
     }
+}
 
-    fn make_owned(self: &Arc<Self>, add: AddVolume, left_at: Option<Epoch>) -> Result<Arc<Entry>, ApiError> {
-        let invalid = |error: String| ApiError::new(ErrorKind::Invalid, format!("volume {}: {error}", add.name), "");
-        let internal = |error: String| ApiError::new(ErrorKind::Internal, format!("volume {}: {error}", add.name), "");
-        let image = Image::open_best(&add.image).map_err(|error| invalid(error.to_string()))?;
-        let block_size = u64::from(self.config.store.block_size.bytes());
-        let geometry = Geometry::new(image.size_bytes(), block_size).map_err(|error| invalid(error.to_string()))?;
+impl Inventory {
+    /// Serves an image from now on. What is remembered of an earlier volume of the name is `left_at` its last epoch.
+    pub async fn own(
+        self: &Arc<Self>,
+        name: &Name,
+        image: Image,
+        geometry: Geometry,
+        left_at: Option<Epoch>,
+    ) -> Result<Arc<Entry>, String> {
+        let (site, of) = (Arc::clone(self), name.clone());
+        let entry = self.run_apart(move || site.make_owned(of, image, geometry, left_at)).await??;
+        let (machine, first) = Machine::restore(entry.record().held);
+        entry.start(machine, first);
+        entry.custody().settled().await;
+        self.volumes.lock().insert(name.clone(), Arc::clone(&entry));
+        Ok(entry)
+    }
+
+    fn make_owned(
+        self: &Arc<Self>,
+        name: Name,
+        image: Image,
+        geometry: Geometry,
+        left_at: Option<Epoch>,
+    ) -> Result<Arc<Entry>, String> {
         // Two ahead of what was seen: what is still on its way about the earlier volume speaks of the epoch between them at most.
         let epoch = left_at.map_or(Epoch::FIRST, |epoch| epoch.next().next());
         let record = VolumeRecord {
             version: VERSION,
-            name: add.name.clone(),
-            image: add.image,
+            name,
+            image: image.path().to_owned(),
             geometry,
-            incarnation: Incarnation(random()),
+            incarnation: Incarnation(self.draw()),
             // Another image under the same name must never pass for this one.
-            generation: Generation(u64::from_le_bytes(random::<8>()) >> 1),
+            generation: self.draw_generation(),
             held: Held { epoch, state: State::Owned, came: None },
             source_generation: None,
             pace: Pace::default(),
@@ -86,15 +108,18 @@ impl Node {
             is_read_only: false,
             noted: image.identity().ok(),
         };
-        let entry = self.make_complete(record.clone(), image).map_err(|error| internal(format!("{error:#}")))?;
-        self.records.save(&record).map_err(|error| internal(error.to_string()))?;
+        let entry = self.make_complete(record.clone(), image).map_err(|error| format!("{error:#}"))?;
+        self.records.save(&record).map_err(|error| error.to_string())?;
         self.mark(&entry);
         if let Some(why) = self.is_read_only(&entry) {
             tracing::warn!(volume = %record.name, why, "the volume is read-only");
         }
-        let (machine, first) = Machine::restore(record.held);
-        entry.start(machine, first);
         Ok(entry)
+    }
+
+    pub(super) fn draw_generation(&self) -> Generation {
+        let drawn = self.draw();
+        Generation(u64::from_le_bytes(std::array::from_fn(|at| drawn[at])) >> 1)
     }
 
     /// Brings a journalled volume back. What needs no image goes on without one.
@@ -104,8 +129,8 @@ impl Node {
             State::Asking { .. } => Err(anyhow::anyhow!("the relocation is being withdrawn")),
             _ => {
                 let (node, record) = (Arc::clone(self), record.clone());
-                let opened = tokio::task::spawn_blocking(move || node.open(record)).await;
-                opened.unwrap_or_else(|error| Err(anyhow::anyhow!("{error}")))
+                let opened = self.run_apart(move || node.open(record)).await;
+                opened.unwrap_or_else(|error| Err(anyhow::anyhow!(error)))
             }
         };
         let entry = opened.unwrap_or_else(|error| {
@@ -143,7 +168,8 @@ impl Node {
 
     /// The image of a record, which must be the one that it was. Blocking.
     pub(super) fn open_known(&self, record: &mut VolumeRecord) -> anyhow::Result<Image> {
-        let image = Image::open_known(&record.image, record.geometry.size_bytes)?;
+        let outside = self.outside().ok_or_else(|| anyhow::anyhow!("the site is shutting down"))?;
+        let image = outside.open_image(record)?;
         if let Some(identity) = &record.noted {
             let noted = Noted { identity: identity.clone(), mark: self.records.mark(record.incarnation)? };
             match image.recognise(&noted) {
@@ -186,7 +212,9 @@ impl Node {
             Err(why) => tracing::warn!(volume = %entry.name, why, "what the image holds could not be noted"),
         }
     }
+}
 
+impl Node {
     /// Stops serving a volume that nobody depends on. Its image stays.
     pub(super) async fn remove_owned(&self, name: &Name) -> Result<(), ApiError> {
         let custody = self.known(name)?.custody().clone();
@@ -197,7 +225,9 @@ impl Node {
             Err(error) => Err(ApiError::new(ErrorKind::Internal, error.to_string(), "")),
         }
     }
+}
 
+impl Inventory {
     /// A volume all of which is in its image, ready to be a source.
     fn make_complete(self: &Arc<Self>, record: VolumeRecord, image: Image) -> anyhow::Result<Arc<Entry>> {
         // Whether a guest has written since it came decides whether it can be given back.
@@ -235,7 +265,9 @@ impl Node {
     /// was looked at before that would be believed for ever.
     pub(super) fn offer(&self, entry: &Entry) -> Result<(), String> {
         let volume = entry.volume()?;
-        if let Some(manifest) = entry.source.lock().as_ref().map(|source| Arc::clone(&source.manifest)) {
+        // Not one expression: the lock would be held while the source is set.
+        let kept = entry.source.lock().as_ref().map(|source| Arc::clone(&source.manifest));
+        if let Some(manifest) = kept {
             // Of a volume that was a source before, and is one again.
             self.set_source(entry, &volume, manifest);
             return Ok(());
@@ -285,30 +317,32 @@ impl Node {
     pub(super) fn was_written(&self, record: &VolumeRecord) -> Result<bool, RecordError> {
         Ok(crate::volume::was_written(&*self.state, record.incarnation)?)
     }
+}
 
-    /// Deletes the file that was made for a volume, and no other that has its name by now.
-    pub(super) fn delete_made(&self, record: &VolumeRecord, volume: Option<&Volume>) {
-        if !record.is_made {
-            return;
+/// Deletes the file that was made for a volume, and no other that has its name by now.
+pub(super) fn delete_made(record: &VolumeRecord, volume: Option<&Volume>) {
+    if !record.is_made {
+        return;
+    }
+    let deleted = match (volume, &record.noted) {
+        (Some(volume), _) if volume.image().was_made() => volume.image().unlink_if_ours(),
+        (_, Some(identity)) => Image::unlink_known(&record.image, identity),
+        (_, None) => return,
+    };
+    match deleted {
+        Ok(Unlinked::Done) => {}
+        Ok(other) => {
+            tracing::warn!(volume = %record.name, image = %record.image.display(), ?other, "the file of a volume that was given up is left over");
         }
-        let deleted = match (volume, &record.noted) {
-            (Some(volume), _) if volume.image().was_made() => volume.image().unlink_if_ours(),
-            (_, Some(identity)) => Image::unlink_known(&record.image, identity),
-            (_, None) => return,
-        };
-        match deleted {
-            Ok(Unlinked::Done) => {}
-            Ok(other) => {
-                tracing::warn!(volume = %record.name, image = %record.image.display(), ?other, "the file of a volume that was given up is left over");
-            }
-            Err(error) => {
-                tracing::warn!(volume = %record.name, %error, "the file of a volume that was given up is left over");
-            }
+        Err(error) => {
+            tracing::warn!(volume = %record.name, %error, "the file of a volume that was given up is left over");
         }
     }
+}
 
+impl Inventory {
     /// Keeps a name from being taken twice at the same time.
-    pub(super) fn reserve(self: &Arc<Self>, name: &Name) -> Result<Reserved, ApiError> {
+    pub fn reserve(self: &Arc<Self>, name: &Name) -> Result<Reserved, ApiError> {
         if self.entry(name).is_some() || !self.reserved.lock().insert(name.clone()) {
             return Err(ApiError::new(
                 ErrorKind::Conflict,
@@ -317,13 +351,15 @@ impl Node {
             ));
         }
         // It may have come in between.
-        let reserved = Reserved { node: Arc::clone(self), name: name.clone() };
+        let reserved = Reserved { site: Arc::clone(self), name: name.clone() };
         match self.entry(name) {
             None => Ok(reserved),
             Some(_) => self.reserve(name),
         }
     }
+}
 
+impl Node {
     pub(super) fn refuse_shared_image(&self, name: &Name, image: &Path) -> Result<(), ApiError> {
         let canonical = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let wanted = canonical(image);
@@ -351,7 +387,9 @@ impl Node {
             ),
         })
     }
+}
 
+impl Inventory {
     /// A volume is gone: its name is free.
     pub(super) fn forget(&self, entry: &Arc<Entry>) {
         let mut volumes = self.volumes.lock();
@@ -370,13 +408,13 @@ impl Node {
 }
 
 /// A name that is being worked on.
-pub(super) struct Reserved {
-    node: Arc<Node>,
+pub struct Reserved {
+    site: Arc<Inventory>,
     name: Name,
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        self.node.reserved.lock().remove(&self.name);
+        self.site.reserved.lock().remove(&self.name);
     }
 }

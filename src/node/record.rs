@@ -82,7 +82,8 @@ pub struct Instance {
     pub is_doubted: bool,
 }
 
-pub(super) const VERSION: u32 = 2;
+/// Of the rows that this program writes.
+pub const VERSION: u32 = 2;
 pub(super) const VOLUMES: &[u8] = b"vol/";
 const LEFT: &[u8] = b"left/";
 const OWED: &[u8] = b"owed/";

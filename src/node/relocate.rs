@@ -4,10 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::Node;
 use super::entry::{Disk, Entry};
+use super::inventory::Inventory;
 use super::record::{Pace, VERSION, VolumeRecord};
 use super::refusal::{api_error, refused};
-use super::{Node, random};
 use crate::control::{
     ApiError, Cancel, CancelAnswer, DEFAULT_HANDOVER_TIMEOUT, ErrorKind, Reclaim, ReclaimAnswer, RelocateRequest,
 };
@@ -16,7 +17,6 @@ use crate::custody::Keeper;
 use crate::fetch::{Expected, PeerKey, Remote, VolumeKey};
 use crate::handover::{Epoch, Generation, Held, Machine, State, Verb};
 use crate::image::{Image, Overwrite};
-use crate::units::Patience;
 use crate::volume::{Relocation, Volume, VolumeParts};
 
 /// How long `relocate` and `cancel` wait for the peer before they say that it cannot be reached.
@@ -71,32 +71,9 @@ impl Node {
         let image = made
             .map_err(|error| internal(error.to_string()))?
             .map_err(|error| ApiError::new(ErrorKind::Conflict, format!("volume {name}: {error}"), ""))?;
-        let record = VolumeRecord {
-            version: VERSION,
-            name: name.clone(),
-            image: path,
-            geometry: remote.geometry,
-            incarnation: Incarnation(random()),
-            generation: Generation(u64::from_le_bytes(random::<8>()) >> 1),
-            held: Held {
-                epoch: Epoch(remote.epoch).next(),
-                state: State::Asking { from: peer.name.clone() },
-                came: None,
-            },
-            source_generation: Some(Generation(remote.generation)),
-            pace: Pace { with_bulk: request.bulk, is_paused: false, limit_bytes_per_s: request.bulk_rate_bytes_per_s },
-            is_made: image.was_made(),
-            is_read_only: remote.is_read_only,
-            noted: image.identity().ok(),
-        };
-        let volume = Volume::relocating(self.parts(&record, image), true).map_err(|e| internal(e.to_string()))?;
-        // From here on a crash finds the intent: after the restart the source is told that nothing came of it.
-        self.records.save(&record).map_err(|error| internal(error.to_string()))?;
+        let pace = Pace { with_bulk: request.bulk, is_paused: false, limit_bytes_per_s: request.bulk_rate_bytes_per_s };
+        let entry = self.begin(name, &peer.name, image, &remote, pace).map_err(internal)?;
         closing.is_armed = false;
-        let held = record.held.clone();
-        let entry = self.attach(record, Arc::new(volume), &remote, remote.key);
-        entry.start(Machine::new(held), Vec::new());
-        self.volumes.lock().insert(name.clone(), Arc::clone(&entry));
         drop(reserved);
         let take = request.take || self.has_been_asked_for(name);
         let (node, from) = (Arc::clone(self), peer.name.clone());
@@ -128,7 +105,9 @@ impl Node {
         if failures.len() >= MAX_FAILURES {
             failures.pop_first();
         }
-        failures.insert(name.clone(), error);
+        // Whoever waits for it hears that it has ended, not that it could be asked for again.
+        let kind = if error.kind.is_passing() { ErrorKind::Conflict } else { error.kind };
+        failures.insert(name.clone(), ApiError { kind, ..error });
     }
 
     /// An NBD client asked for a volume that is not here.
@@ -146,6 +125,41 @@ impl Node {
     fn has_been_asked_for(&self, name: &Name) -> bool {
         self.knocks.lock().get(name).is_some_and(|at| at.elapsed() < KNOCKED_WITHIN)
     }
+}
+
+impl Inventory {
+    /// Journals that a peer is about to be asked for a volume. [`crate::custody::Custody::begin`] asks.
+    pub fn begin(
+        self: &Arc<Self>,
+        name: &Name,
+        peer: &Name,
+        image: Image,
+        remote: &Remote,
+        pace: Pace,
+    ) -> Result<Arc<Entry>, String> {
+        let record = VolumeRecord {
+            version: VERSION,
+            name: name.clone(),
+            image: image.path().to_owned(),
+            geometry: remote.geometry,
+            incarnation: Incarnation(self.draw()),
+            generation: self.draw_generation(),
+            held: Held { epoch: Epoch(remote.epoch).next(), state: State::Asking { from: peer.clone() }, came: None },
+            source_generation: Some(Generation(remote.generation)),
+            pace,
+            is_made: image.was_made(),
+            is_read_only: remote.is_read_only,
+            noted: image.identity().ok(),
+        };
+        let volume = Volume::relocating(self.parts(&record, image), true).map_err(|error| error.to_string())?;
+        // From here on a crash finds the intent: after the restart the source is told that nothing came of it.
+        self.records.save(&record).map_err(|error| error.to_string())?;
+        let held = record.held.clone();
+        let entry = self.attach(record, Arc::new(volume), remote, remote.key);
+        entry.start(Machine::new(held), Vec::new());
+        self.volumes.lock().insert(name.clone(), Arc::clone(&entry));
+        Ok(entry)
+    }
 
     /// A volume whose blocks are partly elsewhere, as the journal has it.
     pub(super) fn open_arriving(self: &Arc<Self>, mut record: VolumeRecord) -> anyhow::Result<Arc<Entry>> {
@@ -157,7 +171,8 @@ impl Node {
         let from = from.clone();
         let image = self.open_known(&mut record)?;
         let volume = Volume::relocating(self.parts(&record, image), false)?;
-        let peer = self.ensure_dialled(&from).ok_or_else(|| {
+        let dialled = self.outside().and_then(|outside| outside.dial(&from));
+        let peer = dialled.ok_or_else(|| {
             anyhow::anyhow!("its source {from} is not among the [[peers]] any more, or has no address; add it again")
         })?;
         let generation = record.source_generation.map_or(0, |generation| generation.0);
@@ -179,10 +194,7 @@ impl Node {
         remote: &Remote,
         key: VolumeKey,
     ) -> Arc<Entry> {
-        let timeout = match self.config.demand.timeout {
-            Patience::Forever => None,
-            Patience::For(timeout) => Some(timeout),
-        };
+        let timeout = self.outside().and_then(|outside| outside.demand_timeout());
         let relocation = Arc::new(Relocation::new(self.fetch.clone(), key, remote.geometry, timeout));
         relocation.bulk().set_paused(record.pace.is_paused);
         relocation.bulk().set_limit(record.pace.limit_bytes_per_s);
@@ -203,7 +215,9 @@ impl Node {
             is_owner: false,
         }
     }
+}
 
+impl Node {
     /// Gives a relocation up: the source becomes the owner again.
     pub(super) async fn cancel_relocation(
         self: &Arc<Self>,

@@ -337,9 +337,8 @@ impl Session {
             let why = format!("more than {MAX_HANDLES} volumes opened on one connection");
             return Control::Refused { request, refusal: Refusal::BadRequest, epoch, why };
         }
-        // Opened again, it keeps its number.
-        let kept = handles.iter().find(|(_, kept)| Arc::ptr_eq(kept, &volume)).map(|(handle, _)| *handle);
-        let handle = kept.unwrap_or_else(|| self.next_handle.fetch_add(1, Ordering::Relaxed));
+        // A number for each opening: who closes one of two keeps the other.
+        let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
         self.hasher.hash_in_background(&volume);
         let (geometry, generation) = (volume.geometry, volume.generation);
         handles.insert(handle, volume);

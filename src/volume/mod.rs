@@ -62,6 +62,7 @@ pub struct Volume {
     gate: Arc<WriteGate>,
     flushes: FlushGate,
     is_sync_broken: Arc<AtomicBool>,
+    is_read_only: AtomicBool,
     /// No block is absent and none ever will be: the path without any trace of relocation.
     is_complete: AtomicBool,
     relocation: RwLock<Option<Arc<Relocation>>>,
@@ -163,6 +164,7 @@ impl Volume {
             gate: Arc::new(WriteGate::new(parts.is_owner)),
             flushes: FlushGate::default(),
             is_sync_broken: Arc::default(),
+            is_read_only: AtomicBool::new(false),
             is_complete: AtomicBool::new(is_complete),
             relocation: RwLock::new(None),
             stats: Arc::default(),
@@ -185,6 +187,16 @@ impl Volume {
     /// Its file.
     pub fn image(&self) -> &Arc<Image> {
         &self.disk.image
+    }
+
+    /// Guests may only read it, as at the site that it came from. Before anybody opens it.
+    pub fn set_read_only(&self) {
+        self.is_read_only.store(true, Ordering::Release);
+    }
+
+    /// Whether guests may only read it, whoever owns it.
+    pub fn is_read_only(&self) -> bool {
+        self.is_read_only.load(Ordering::Relaxed) || !self.disk.image.is_writable()
     }
 
     /// Whether guests may write it now.
@@ -671,7 +683,7 @@ impl Volume {
             self.life.check()?;
             return Err(VolumeError::NotOwner { volume: self.name.clone() });
         };
-        if !self.disk.image.is_writable() {
+        if self.is_read_only() {
             return Err(VolumeError::ReadOnly { volume: self.name.clone() });
         }
         Ok(admitted)

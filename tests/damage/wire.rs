@@ -12,7 +12,7 @@ use blockferry::core::scheduler::Limits;
 use blockferry::core::wire::{Data, Refusal, RootEntry};
 use blockferry::fetch::{Expected, Fetch, PeerKey, Stranger};
 use blockferry::handover::{Answer, Question};
-use blockferry::image::{Image, Overwrite};
+use blockferry::image::Image;
 use blockferry::source::{Catalog, Hasher, Manifest, Offered, Refused, SourceOptions, SourceVolume, serve_link};
 use blockferry::store::{MemoryState, MemoryStore, State, Store};
 use blockferry::transport::memory::pair_with_faults;

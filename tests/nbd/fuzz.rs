@@ -99,6 +99,14 @@ fn replies_to_anything_are_understood() {
 }
 
 #[test]
+fn what_another_site_sends_and_what_is_kept() {
+    run("control", 8000);
+    run("data", 4000);
+    run("frame", 4000);
+    run("residency", 8000);
+}
+
+#[test]
 fn sessions_of_the_corpus() {
     run("session", 150);
 }

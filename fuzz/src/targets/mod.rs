@@ -12,6 +12,7 @@ pub(crate) mod judge;
 mod replies;
 mod requests;
 mod session;
+mod wire;
 
 pub mod seeds;
 
@@ -20,10 +21,19 @@ pub use input::Rng;
 pub use replies::replies;
 pub use requests::requests;
 pub use session::session;
+pub use wire::{control, data, frame, residency};
 
 /// A target: its name, which is that of its corpus, and its body.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 4] =
-    [("handshake", handshake), ("requests", requests), ("replies", replies), ("session", session)];
+pub const TARGETS: [Target; 8] = [
+    ("handshake", handshake),
+    ("requests", requests),
+    ("replies", replies),
+    ("session", session),
+    ("control", control),
+    ("data", data),
+    ("frame", frame),
+    ("residency", residency),
+];

@@ -25,7 +25,22 @@ pub fn seeds() -> Vec<Seed> {
     for number in 0..40usize {
         add("session", noise(&mut rng, 200 + number * 40));
     }
+    for (target, document, kind) in [
+        ("control", include_str!("../../../docs/wire.md"), "| control vector | bytes |"),
+        ("data", include_str!("../../../docs/wire.md"), "| data vector | bytes |"),
+        ("frame", include_str!("../../../docs/wire.md"), "| frame vector | bytes |"),
+        ("residency", include_str!("../../../docs/formats.md"), "| residency vector | bytes |"),
+    ] {
+        vectors(document, kind).for_each(|bytes| add(target, bytes));
+    }
     seeds
+}
+
+/// The golden vectors of a document's table.
+fn vectors<'a>(document: &'a str, heading: &'a str) -> impl Iterator<Item = Vec<u8>> + 'a {
+    let rows = document.lines().skip_while(move |line| *line != heading).skip(2);
+    let rows = rows.take_while(|line| line.starts_with('|'));
+    rows.map(|row| hex::decode(row.split('`').nth(1).expect("bytes in a row")).expect("hexadecimal"))
 }
 
 fn noise(rng: &mut Rng, len: usize) -> Vec<u8> {

@@ -8,7 +8,7 @@ use crate::core::frame::Frame;
 use crate::core::ids::{BlockId, BlockIndex, Class, Name, Nonce};
 use crate::core::manifest::{Geometry, PageId, PageIndex};
 
-fn name() -> impl Strategy<Value = Name> {
+fn name() -> impl Strategy<Value = Name> + Clone {
     "[A-Za-z0-9][A-Za-z0-9._-]{0,20}".prop_map(|text| text.parse().expect("a name"))
 }
 
