@@ -108,6 +108,8 @@ impl HalfWay {
             fs::copy(self.kept.path().join(name), itself(&image)).expect("copies");
             fs::hard_link(itself(&image), &image).expect("links");
         }
+        // A state that was copied is another instance to the source, until a person says which is meant.
+        self.pair.a.ok(&["peer", "accept", "b"]);
     }
 
     /// The destination's raw file.

@@ -47,7 +47,7 @@ fn rows_that_make_no_sense() {
     half_way.row("a row of a chunk behind the end", &|h| put(h, chunk(99), &[2; 65]), unserved);
     half_way.row("a key that is too short", &|h| put(h, key(b"c/xyz"), &[2; 65]), unserved);
     half_way.row("a row of another name", &|h| put(h, key(b"unknown"), b"?"), Outcome::Serves);
-    const RECORD: &[&str] = &["vm", "record", "state database"];
+    const RECORD: &[&str] = &["vol/vm", "state database"];
     half_way.row("a volume's record that is none", &|h| put(h, b"vol/vm".to_vec(), b"{}"), Outcome::Refuses(RECORD));
     let hash = format!("hash/{incarnation}/what").into_bytes();
     half_way.row("a row of nobody's residency", &|h| put(h, b"res/vm/c/xyz".to_vec(), b"?"), Outcome::Serves);
