@@ -16,13 +16,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockferry::core::ids::Name;
+use blockferry::core::ids::{Incarnation, Name, Nonce};
 use blockferry::core::manifest::Geometry;
 use blockferry::core::residency::Presence;
 use blockferry::core::scheduler::Limits;
-use blockferry::fetch::{Expected, Fetch, PeerKey};
-use blockferry::image::Image;
-use blockferry::source::{Catalog, Hasher, Manifest, Refused, SourceOptions, SourceVolume, serve_link};
+use blockferry::fetch::{Expected, Fetch, PeerKey, Stranger};
+use blockferry::handover::{Answer, Question};
+use blockferry::image::{Image, Overwrite};
+use blockferry::source::{Catalog, Hasher, Manifest, Offered, Refused, SourceOptions, SourceVolume, serve_link};
 use blockferry::store::{MemoryState, MemoryStore, State, StateDb};
 use blockferry::transport::memory;
 use blockferry::volume::{Relocation, Volume, VolumeParts};
@@ -174,7 +175,10 @@ impl Site<'_> {
         let geometry = Geometry::new(image.size_bytes(), BLOCK_BYTES).expect("a geometry");
         let state = Arc::clone(&self.state);
         let workers = self.workers.clone();
-        VolumeParts { name: named(name), image: Arc::new(image), geometry, state, workers, is_owner: true }
+        let mut incarnation = [0; 16];
+        name.bytes().enumerate().for_each(|(at, byte)| incarnation[at % 16] ^= byte);
+        let (name, incarnation) = (named(name), Incarnation(incarnation));
+        VolumeParts { name, incarnation, image: Arc::new(image), geometry, state, workers, is_owner: true }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -211,18 +215,26 @@ impl Site<'_> {
 
     /// Nobody is there to fetch from: writes of whole sectors do not ask.
     fn absent(&self, name: &str) -> Disk {
-        let image = Image::create(&self.path(name), SPARSE_BYTES).expect("creates");
+        let image = Image::create(&self.path(name), SPARSE_BYTES, Overwrite::OnlyBlank).expect("creates");
         Disk::Volume(Arc::new(Volume::relocating(self.parts(name, image), true).expect("a volume")))
     }
 
     /// The blocks that are written have been fetched; as many again have not.
     fn arrived(&self, name: &str) -> Disk {
-        let parts = self.parts(name, Image::create(&self.path(name), 2 * FILLED_BYTES).expect("creates"));
+        let parts =
+            self.parts(name, Image::create(&self.path(name), 2 * FILLED_BYTES, Overwrite::OnlyBlank).expect("creates"));
         let geometry = parts.geometry;
         let source = OneVolume::filled(&self.path("source"), geometry);
         let fetch = Fetch::start(Limits::default(), Arc::new(MemoryStore::new(0))).expect("threads");
         let (links, new_links) = tokio::sync::mpsc::channel(1);
-        fetch.add_peer(PeerKey(0), named("source"), named("destination"), new_links, self.workers.clone());
+        fetch.add_peer(
+            PeerKey(0),
+            named("source"),
+            named("destination"),
+            new_links,
+            self.workers.clone(),
+            Arc::new(Stranger),
+        );
         let (here, there) = memory::pair(named("destination"), named("source"));
         let options = SourceOptions { site: named("source"), zstd_level: None };
         let hasher = Hasher::start().expect("a thread");
@@ -257,23 +269,23 @@ impl OneVolume {
         longer.expect("grows");
         let image = Arc::new(Image::open_read(path).expect("opens"));
         let (name, state) = (named("source"), Arc::new(MemoryState::new()));
-        let manifest = Manifest::open(name.clone(), Arc::clone(&image), geometry, state, false).expect("a manifest");
+        let manifest = Manifest::open(name.clone(), Incarnation([1; 16]), Arc::clone(&image), geometry, state, false)
+            .expect("a manifest");
         OneVolume(Arc::new(SourceVolume { name, image, geometry, manifest: Arc::new(manifest), generation: 1 }))
     }
 }
 
 impl Catalog for OneVolume {
-    fn open(&self, _: &Name, _: &Name) -> Result<(Arc<SourceVolume>, u64), Refused> {
-        Ok((Arc::clone(&self.0), 1))
+    fn open(&self, _: &Name, _: &Name) -> Result<Offered, Refused> {
+        Ok(Offered { source: Arc::clone(&self.0), epoch: 1, is_read_only: false })
     }
-    fn take_over<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
+
+    fn ask(&self, _: &Name, _: &Name, question: Question) -> BoxFuture<'static, Answer> {
+        Box::pin(std::future::ready(Answer::Done(question.epoch())))
     }
-    fn completed<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
-    }
-    fn give_back<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
+
+    fn greet(&self, _: &Name, _: Option<std::net::SocketAddr>, _: Nonce, _: Nonce) -> Result<(), String> {
+        Ok(())
     }
 }
 

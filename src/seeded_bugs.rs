@@ -29,10 +29,13 @@ pub enum Bug {
     GateOpenBeforeOwnership,
     FenceDoesNotWait,
     CompleteBeforeSync,
+    RowsByName,
+    ClosedVolumeWrites,
+    RefusedWriteCounts,
 }
 
 impl Bug {
-    /// All of them.
+    /// All that are noticed in a relocation that is seen through.
     pub const ALL: &[Bug] = &[
         Bug::PresenceBeforeData,
         Bug::FlushWithoutResidency,
@@ -59,6 +62,9 @@ impl Bug {
         Bug::FenceDoesNotWait,
         Bug::CompleteBeforeSync,
     ];
+
+    /// Those that take a second volume of the same name, or a relocation that is given up, to be noticed.
+    pub const NEXT: &[Bug] = &[Bug::RowsByName, Bug::ClosedVolumeWrites, Bug::RefusedWriteCounts];
 }
 
 #[cfg(feature = "seeded-bugs")]

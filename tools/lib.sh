@@ -62,7 +62,8 @@ use_build_environment() {
 build_packages=(build-essential libclang-dev ccache)
 image_packages=(e2fsprogs)
 # libnbd-bin has nbdinfo, nbdcopy and nbdfuse; python3-libnbd has nbdsh.
-nbd_packages=(qemu-utils libnbd-bin python3-libnbd nbdkit fio fuse3 mount)
+# openssl makes certificates as docs/nbd.md says.
+nbd_packages=(qemu-utils libnbd-bin python3-libnbd nbdkit fio fuse3 mount openssl)
 
 # warn_of_first_build PROFILE_DIRECTORY: nobody likes to wait without knowing for what.
 warn_of_first_build() {

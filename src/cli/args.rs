@@ -41,7 +41,8 @@ pub(super) enum Verb {
     Volume(VolumeVerb),
     /// Bring volumes here: said at the destination. Each is served at once, on demand, and copied meanwhile.
     ///
-    /// What several of them have in common is fetched once. Relocations go on in the daemon when this command ends.
+    /// This command ends when the volumes are owned here (with --wait: when all of them is here), or when it is certain
+    /// that one will not be. What several of them have in common is fetched once. Copies go on in the daemon.
     #[command(after_help = "Examples:\n  \
         blockferry relocate site-b/web-01 --image /srv/web-01.raw --wait\n  \
         blockferry relocate site-b/web-01 site-b/web-02 --bulk-rate 50Mbit/s\n  \
@@ -62,9 +63,22 @@ pub(super) enum Verb {
     /// Limit a volume's bulk copy.
     #[command(after_help = "Examples:\n  blockferry limit web-01 20Mbit/s\n  blockferry limit web-01 unlimited")]
     Limit(LimitArgs),
-    /// Give a relocation up; refused where that would lose what the guest wrote.
-    #[command(after_help = "Example:\n  blockferry cancel web-01")]
-    Cancel(NamedArgs),
+    /// Give a relocation up: the volume is its source's again. Said at the destination.
+    ///
+    /// Refused once a guest has written here, since that would be lost; --discard-writes throws it away, and this
+    /// command then says how much that was.
+    #[command(after_help = "Examples:\n  blockferry cancel web-01\n  blockferry cancel web-01 --discard-writes")]
+    Cancel(CancelArgs),
+    /// End a relocation without the site at its other end, because that site is lost for good.
+    ///
+    /// A person's decision: while the peer may come back, wait for it instead. At the source, the volume is owned and
+    /// served here again, as it was when it left: what was written at the destination since then is lost. At the
+    /// destination, what never arrived is given up. This command says what is lost. Should the peer come back, it is
+    /// fenced: it serves the volume no more and says why.
+    ///
+    /// N is the epoch that `blockferry status NAME` shows: it proves that you looked.
+    #[command(after_help = "Example:\n  blockferry status web-01\n  blockferry reclaim web-01 --epoch 3")]
+    Reclaim(ReclaimArgs),
     /// Fill this site's store from images that lie here, so that similar volumes need not send what these have.
     #[command(after_help = "Example:\n  blockferry prewarm --image /srv/templates/*.raw")]
     Prewarm(PrewarmArgs),
@@ -73,6 +87,9 @@ pub(super) enum Verb {
         blockferry analyze web-*.raw --prewarmed template.raw\n  \
         blockferry analyze web-01.raw --link 100Mbit/s --rtt 40ms --json")]
     Analyze(AnalyzeArgs),
+    /// The sites that this one has to do with.
+    #[command(subcommand, after_help = "Example:\n  blockferry peer accept site-b")]
+    Peer(PeerVerb),
     /// The content store.
     #[command(subcommand, after_help = "Example:\n  blockferry store stats")]
     Store(StoreVerb),
@@ -132,6 +149,16 @@ pub(super) enum VolumeVerb {
 }
 
 #[derive(Debug, Subcommand)]
+pub(super) enum PeerVerb {
+    /// Let whichever instance of a peer comes next be the one.
+    ///
+    /// A person's decision: a peer whose state was copied or restored is turned away here, since two sites with
+    /// one identity would write the same volumes. Stop the wrong one first.
+    #[command(after_help = "Example:\n  blockferry peer accept site-b")]
+    Accept(NamedArgs),
+}
+
+#[derive(Debug, Subcommand)]
 pub(super) enum StoreVerb {
     /// Show the store's size and how often it helped.
     #[command(after_help = "Example:\n  blockferry store stats --json")]
@@ -145,6 +172,9 @@ pub(super) struct VolumeAddArgs {
     /// A raw file or a block device at the daemon's site.
     #[arg(long, value_name = "PATH")]
     pub image: PathBuf,
+    /// Take the name back although it left for another site, which may be serving it still.
+    #[arg(long)]
+    pub again: bool,
     /// Report as JSON.
     #[arg(long)]
     pub json: bool,
@@ -181,6 +211,34 @@ pub(super) struct NamedArgs {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct CancelArgs {
+    /// The volume.
+    pub name: Name,
+    /// Give it up although a guest wrote here; what it wrote is lost.
+    #[arg(long)]
+    pub discard_writes: bool,
+    /// Report as JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub daemon: DaemonArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ReclaimArgs {
+    /// The volume.
+    pub name: Name,
+    /// The epoch that the volume's status shows.
+    #[arg(long, value_name = "N")]
+    pub epoch: u64,
+    /// Report as JSON.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub daemon: DaemonArgs,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct LimitArgs {
     /// The volume.
     pub name: Name,
@@ -208,6 +266,15 @@ pub(super) struct RelocateArgs {
     /// The most that the bulk copy of each volume may take.
     #[arg(long, value_name = "RATE", conflicts_with = "bulk")]
     pub bulk_rate: Option<RateLimit>,
+    /// Take it although clients are connected at the source: their writes fail from then on.
+    #[arg(long)]
+    pub take: bool,
+    /// Write onto a device although it holds something, such as a file system; all of it is lost.
+    #[arg(long)]
+    pub overwrite: bool,
+    /// How long the hand-over of ownership may take; after that it is withdrawn on both sides [default: 5min].
+    #[arg(long, value_name = "SPAN", value_parser = parse_timeout)]
+    pub timeout: Option<Span>,
     /// Follow the relocations until all have arrived; exit 1 if one failed.
     #[arg(long)]
     pub wait: bool,
@@ -287,6 +354,14 @@ fn parse_rtt(text: &str) -> Result<RoundTripMs, String> {
             Ok(Span(duration)) => Ok(RoundTripMs(duration.as_secs_f64() * 1000.0)),
             Err(error) => Err(error.to_string()),
         },
+    }
+}
+
+fn parse_timeout(text: &str) -> Result<Span, String> {
+    match text.parse() {
+        Ok(Span(duration)) if duration.is_zero() => Err("nothing can be handed over in no time".to_owned()),
+        Ok(span) => Ok(span),
+        Err(error) => Err(error.to_string()),
     }
 }
 

@@ -34,6 +34,10 @@ pub(super) struct Pace {
     pub line: Duration,
     /// A daemon may be away for this long (it is being restarted).
     pub absence: Duration,
+    /// A request may take this long before its progress is told.
+    pub quiet: Duration,
+    /// Beyond a hand-over's own time, until it is not waited for any longer: withdrawing takes its time, too.
+    pub slack: Duration,
 }
 
 /// Why a verb did not do what it was asked.

@@ -3,28 +3,34 @@
 //! Must not know how any of it was begun.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::time::Instant;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use crate::control::{ClientError, ControlClient, JobId, Phase, PrewarmStatus, VolumeStatus};
+use crate::control::{ApiError, ClientError, ControlClient, JobId, Phase, PrewarmStatus, VolumeStatus};
 use crate::core::ids::Name;
 
 use super::console::{CliError, Console, Pace};
 use super::show;
+use super::verdict::{Until, Verdict, Wait, verdict};
 
-/// What came of a relocation.
-pub(super) enum Outcome {
-    Arrived(Box<VolumeStatus>),
-    Failed(Option<Box<VolumeStatus>>, String),
+/// What came of a relocation, and the last that was seen of its volume.
+pub(super) struct Outcome {
+    pub status: Option<Box<VolumeStatus>>,
+    /// Why it did not come about.
+    pub error: Option<ApiError>,
 }
 
-/// Follows `volumes` until each has arrived or failed. The outcomes, in their order.
+/// Follows `volumes` until it is settled for each whether what is waited for has come about. The outcomes, in their
+/// order.
 pub(super) async fn relocations(
     client: &ControlClient,
     volumes: &[Name],
+    wait: Wait,
     console: &mut Console<'_>,
 ) -> Result<Vec<Outcome>, CliError> {
+    let began = Instant::now();
     let mut tell = Teller::new(console.watched);
     let mut absence = Absence::default();
     let mut outcomes: HashMap<&Name, Outcome> = HashMap::new();
@@ -33,30 +39,48 @@ pub(super) async fn relocations(
             if outcomes.contains_key(name) {
                 continue;
             }
-            match client.volume(name).await {
-                Ok(status) => {
-                    absence.ended();
-                    tell.relocation(&status, console);
-                    if status.phase.has_arrived() {
-                        outcomes.insert(name, Outcome::Arrived(Box::new(status)));
-                    } else if status.phase == Phase::Failed {
-                        let why = format!("{name} failed: {}", status.phase_reason);
-                        outcomes.insert(name, Outcome::Failed(Some(Box::new(status)), why));
-                    }
-                }
-                Err(ClientError::Refused(error)) => {
-                    outcomes.insert(name, Outcome::Failed(None, format!("{name} is gone: {error}")));
-                }
-                // Relocations survive a restart of the daemon, so whoever waits for them should, too.
+            let answer = match client.volume(name).await {
+                Ok(status) => Ok(Box::new(status)),
+                Err(ClientError::Refused(error)) if !error.kind.is_passing() => Err(error),
+                // Relocations survive a restart of the daemon, so waiting for them should, too.
                 Err(error) => {
                     absence.lasts(error, console)?;
                     break;
                 }
+            };
+            absence.ended();
+            let verdict = verdict(answer.as_deref(), began.elapsed(), wait);
+            if let Ok(status) = &answer
+                && (wait.until == Until::Arrived || verdict == Verdict::GoesOn)
+            {
+                tell.relocation(status, console);
             }
+            let error = match verdict {
+                Verdict::GoesOn => continue,
+                Verdict::Reached => None,
+                Verdict::Ended(error) => Some(error),
+            };
+            outcomes.insert(name, Outcome { status: answer.ok(), error });
         }
         if outcomes.len() == volumes.len() {
-            tell.end();
             return Ok(volumes.iter().filter_map(|name| outcomes.remove(name)).collect());
+        }
+        tokio::time::sleep(console.pace.poll).await;
+    }
+}
+
+/// Tells how the hand-overs of `volumes` go, for as long as the request that began them takes; does not end by itself.
+pub(super) async fn handovers(client: &ControlClient, volumes: &[Name], console: &mut Console<'_>) -> Infallible {
+    tokio::time::sleep(console.pace.quiet).await;
+    let mut tell = Teller::new(console.watched);
+    loop {
+        for name in volumes {
+            // That a volume is not known yet, or that it cannot be told, is settled when the request is answered.
+            if let Ok(status) = client.volume(name).await
+                && status.phase == Phase::Connecting
+            {
+                tell.relocation(&status, console);
+            }
         }
         tokio::time::sleep(console.pace.poll).await;
     }
@@ -74,7 +98,6 @@ pub(super) async fn prewarm(
         let status = client.prewarm_status(job).await?;
         tell.prewarm(&status, console);
         if status.done {
-            tell.end();
             return Ok(status);
         }
         tokio::time::sleep(console.pace.poll).await;
@@ -169,10 +192,12 @@ impl Teller {
             console.note(format!("prewarm  {percent}%  {}", show::prewarmed(status)));
         }
     }
+}
 
-    /// Takes the bars away: the outcome is told as text.
-    fn end(self) {
-        for bar in self.bar_by_name.into_values().chain(self.prewarm_bar) {
+/// Takes the bars away: the outcome is told as text.
+impl Drop for Teller {
+    fn drop(&mut self) {
+        for bar in self.bar_by_name.values().chain(&self.prewarm_bar) {
             bar.finish_and_clear();
         }
     }

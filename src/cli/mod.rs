@@ -12,6 +12,7 @@ mod init;
 mod serve;
 mod show;
 mod verbs;
+mod verdict;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -35,6 +36,8 @@ pub fn main() -> ExitCode {
             poll: if watched { Duration::from_millis(500) } else { Duration::from_secs(1) },
             line: Duration::from_secs(5),
             absence: Duration::from_secs(60),
+            quiet: Duration::from_secs(2),
+            slack: Duration::from_secs(30),
         },
         // A variable that is not text cannot be one of ours.
         variables: std::env::vars_os()

@@ -1,10 +1,14 @@
 //! Reports for people, 80 columns wide: a site, its volumes, one volume, a store.
 //! Must not know where the reports come from; pure text.
 
+mod ownership;
+
 use std::fmt::Write;
 
 use crate::control::{LinkState, PeerStatus, Phase, PrewarmStatus, Role, SiteStatus, StoreStats, VolumeStatus};
 use crate::units::{approx_bytes, approx_rate, approx_seconds};
+
+pub(super) use self::ownership::{cancelled, reclaimed};
 
 /// Columns of a report.
 const WIDTH: usize = 80;
@@ -22,6 +26,9 @@ pub(super) fn site(status: &SiteStatus) -> String {
     );
     for peer in &status.peers {
         let _ = writeln!(text, "peer {}: {}", peer.name, peer_line(peer));
+    }
+    for line in status.owed.iter().map(ownership::owed_of_volume).chain(status.left.iter().map(ownership::left)) {
+        let _ = writeln!(text, "{line}");
     }
     text = wrapped(&text, 2);
     text.push('\n');
@@ -87,12 +94,21 @@ pub(super) fn volume(volume: &VolumeStatus) -> String {
         (Role::Destination, None) => "this site is the destination".to_owned(),
     };
     line("owner", format!("{}, epoch {}; {end}", volume.owner, volume.epoch));
+    for owed in &volume.owed {
+        line("", ownership::owed(owed));
+    }
     line("image", volume.image.display().to_string());
+    if let Some(why) = &volume.read_only {
+        line("", format!("guests may only read it: {why}"));
+    }
     let blocks = &volume.blocks;
     line("blocks", format!("{} of {}", blocks.total, approx_bytes(u64::from(volume.block_size_bytes))));
     let counts = format!("{} absent, {} present, {} written", blocks.absent, blocks.present, blocks.written);
     let partly = if blocks.partial == 0 { String::new() } else { format!(", {} written in part", blocks.partial) };
     line("", counts + &partly);
+    if volume.guest_written_bytes > 0 {
+        line("", format!("{} that only this site has, written by guests", approx_bytes(volume.guest_written_bytes)));
+    }
     if let Some(hashed) = volume.hashed_blocks {
         line("hashed", format!("{hashed} of {}", blocks.total));
     }
@@ -240,6 +256,8 @@ pub(super) fn percent_done(volume: &VolumeStatus) -> u64 {
 pub(super) fn phase_word(phase: Phase) -> &'static str {
     match phase {
         Phase::ReleasedFromSource => "done",
+        // The column has ten places.
+        Phase::GivingBack => "returning",
         other => other.as_str(),
     }
 }

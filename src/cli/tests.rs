@@ -1,5 +1,9 @@
 //! Tests of the command line, verb by verb, against a daemon whose site exists only in memory.
 
+mod init;
+mod ownership;
+mod relocations;
+
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -26,7 +30,13 @@ struct Ran {
     err: String,
 }
 
-const QUICK: Pace = Pace { poll: Duration::from_millis(1), line: Duration::ZERO, absence: Duration::ZERO };
+const QUICK: Pace = Pace {
+    poll: Duration::from_millis(1),
+    line: Duration::ZERO,
+    absence: Duration::ZERO,
+    quiet: Duration::from_secs(5),
+    slack: Duration::ZERO,
+};
 
 fn run_with(arguments: &[&str], variables: &[(&str, &str)], out: &mut dyn Write) -> (u8, String) {
     let mut err = Vec::new();
@@ -125,6 +135,9 @@ fn usage_is_status_2_and_help_is_0() {
         (&["relocate", "site-b/x", "site-b/y", "--image", "/z", "--socket", "/s"], "--image names one file"),
         (&["relocate", "site-b/x", "site-c/x", "--socket", "/s"], "x would be relocated twice"),
         (&["relocate", "--fleet", "/nonexistent", "--socket", "/s"], "cannot read the fleet file /nonexistent"),
+        (&["relocate", "site-b/x", "--timeout", "0s"], "nothing can be handed over in no time"),
+        (&["relocate", "site-b/x", "--timeout", "5"], "5"),
+        (&["reclaim", "x", "--epoch=-1"], "--epoch"),
         (&["limit", "x", "0MB/s"], "nothing would ever move"),
         (&["status", "--interval", "1s"], "--watch"),
         (&["prewarm"], "--image"),
@@ -314,61 +327,10 @@ fn orders() {
         (&["resume", "db-01"], "db-01: bulk copy goes on\n", "resume db-01"),
         (&["limit", "db-01", "20Mbit/s"], "db-01: bulk limit is 20Mbit/s\n", "limit Some(2500000) db-01"),
         (&["limit", "db-01", "unlimited"], "db-01: bulk limit is unlimited\n", "limit None db-01"),
-        (&["cancel", "db-01"], "db-01: relocation given up\n", "cancel db-01"),
     ] {
         assert_eq!(bench.out(arguments), said);
         assert_eq!(bench.daemon.calls().last().map(String::as_str), Some(call));
     }
-    let ran = bench.run(&["cancel", "precious"]);
-    assert_eq!(ran.status, 1);
-    let refusal = "blockferry: cancelling precious would lose 3 blocks that its guest wrote; let it complete\n";
-    assert_eq!(ran.err, refusal);
-}
-
-#[test]
-fn relocations_begin() {
-    let bench = Bench::new();
-    let image = "/srv/new-1.raw";
-    let out = bench.out(&["relocate", "site-b/new-1", "--image", image, "--no-bulk"]);
-    assert_eq!(out, "new-1: served here, and on its way from site-b\n");
-    let call = bench.daemon.calls()[0].clone();
-    assert!(call.contains("bulk: false") && call.contains(image), "{call}");
-
-    let ran = bench.run(&["relocate", "site-b/new-2", "nobody/new-3", "--bulk-rate", "8Mbit/s"]);
-    assert_eq!((ran.status, ran.out.as_str()), (1, "new-2: served here, and on its way from site-b\n"));
-    assert!(ran.err.contains("nobody/new-3: there is no peer nobody; list it"), "{}", ran.err);
-    assert!(ran.err.contains("1 of 2 relocations failed"), "{}", ran.err);
-    let call = bench.daemon.calls()[1].clone();
-    assert!(call.contains("bulk: true") && call.contains("bulk_rate_bytes_per_s: Some(1000000)"), "{call}");
-
-    let ran = bench.run(&["relocate", "site-b/db-01"]);
-    let refusal = "blockferry: site-b/db-01: there is a volume db-01 already; cancel or remove that one first\n";
-    assert_eq!((ran.status, ran.err.as_str()), (1, refusal));
-
-    let json = bench.json(&["relocate", "site-b/new-4"]);
-    assert_eq!(json["relocations"][0]["volume"], "new-4");
-    assert!(json["relocations"][0]["error"].is_null() && json["relocations"][0]["status"].is_null());
-}
-
-#[test]
-fn relocations_are_waited_for() {
-    let bench = Bench::new();
-    let ran = bench.run(&["relocate", "site-b/new-1", "site-b/new-2", "--wait"]);
-    assert_eq!(ran.status, 0, "{ran:?}");
-    let said = "new-1: 1.0 GiB here: zero 40% store 33% wire 27%; 90.0 MiB over the wire";
-    assert_eq!(ran.out.lines().next(), Some(said));
-    let progress = "new-1  50%  88.0 Mbit/s  zero 40% store 33% wire 27%  1m 0s left";
-    assert!(ran.err.lines().any(|line| line == progress), "{}", ran.err);
-    assert!(ran.err.lines().any(|line| line.starts_with("new-2  100%  done")), "{}", ran.err);
-    assert_fits_80_columns(&ran.err);
-
-    let ran = bench.run(&["relocate", "site-b/new-3", "site-b/bad-1", "--wait", "--json"]);
-    assert_eq!(ran.status, 1, "{ran:?}");
-    let report: Value = serde_json::from_str(&ran.out).expect("JSON");
-    assert_eq!(report["relocations"][0]["status"]["phase"], "released_from_source");
-    assert_eq!(report["relocations"][1]["status"]["phase"], "failed");
-    assert_eq!(report["relocations"][1]["error"]["message"], "bad-1 failed: the disk is full");
-    assert!(ran.err.contains("site-b/bad-1: bad-1 failed: the disk is full"), "{}", ran.err);
 }
 
 #[test]
@@ -390,36 +352,6 @@ fn somebody_who_watches_gets_bars_instead_of_lines() {
         assert_eq!(run(arguments.chain(socket), &mut console), 0);
     }
     assert_eq!(String::from_utf8_lossy(&err), "");
-}
-
-#[test]
-fn a_fleet_is_relocated_from_a_file() {
-    let bench = Bench::new();
-    let fleet = bench.daemon.dir.path().join("fleet.txt");
-    std::fs::write(&fleet, "# two\nsite-b/new-1\nsite-b/new-2 two.raw\n").expect("written");
-    let fleet_text = fleet.to_str().expect("text");
-    let out = bench.out(&["relocate", "--fleet", fleet_text]);
-    assert_eq!(out.lines().count(), 2);
-    let calls = bench.daemon.calls();
-    let image = bench.daemon.dir.path().join("two.raw");
-    assert!(calls[0].contains("image: None") && calls[1].contains(&image.display().to_string()), "{calls:?}");
-
-    std::fs::write(&fleet, "site-b/new-1\nsite-b new-2\n").expect("written");
-    let ran = bench.run(&["relocate", "--fleet", fleet_text]);
-    assert_eq!(ran.status, 2);
-    assert!(ran.err.contains("fleet.txt:2: \"site-b\" is not PEER/NAME"), "{}", ran.err);
-}
-
-#[test]
-fn a_volume_that_vanishes_while_it_is_waited_for_is_a_failure() {
-    let bench = Bench::new();
-    let client = bench.daemon.client();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let (mut out, mut err) = (Vec::new(), Vec::new());
-    let mut console =
-        Console { out: &mut out, err: &mut err, watched: false, redraws: false, pace: QUICK, variables: Vec::new() };
-    let outcomes = runtime.block_on(follow::relocations(&client, &[name("none")], &mut console)).expect("followed");
-    assert!(matches!(&outcomes[..], [follow::Outcome::Failed(None, why)] if why.contains("none is gone")));
 }
 
 #[test]
@@ -470,59 +402,6 @@ fn tables_bear_odd_volumes() {
     odd.blocks.total = u64::MAX;
     odd.blocks.absent = 1;
     assert_eq!(show::percent_done(&odd), 99);
-}
-
-#[test]
-fn init_makes_an_identity_once() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let state = dir.path().join("state");
-    let state_text = state.to_str().expect("text");
-    let first = run_alone(&["init", "--state", state_text, "--name", "berlin"]);
-    assert_eq!((first.status, first.err.as_str()), (0, ""));
-    let fingerprint = |ran: &Ran| {
-        let line = ran.out.lines().find_map(|line| line.strip_prefix("fingerprint    ")).map(str::to_owned);
-        line.expect("a fingerprint")
-    };
-    assert!(first.out.contains("blockferry.toml (new)"), "{}", first.out);
-    assert!(first.out.contains("blockferry serve --config "), "{}", first.out);
-
-    let config = state.join("blockferry.toml");
-    let written = std::fs::read_to_string(&config).expect("written");
-    let loaded = crate::config::Config::load(&config, std::iter::empty()).expect("it is a configuration");
-    assert_eq!((loaded.site.name.as_str(), loaded.peers.len()), ("berlin", 0));
-    assert_eq!(loaded.site.state_dir, state);
-    assert_eq!(loaded.control.socket, state.join("control.sock"));
-
-    let again = run_alone(&["init", "--state", state_text]);
-    assert_eq!(fingerprint(&again), fingerprint(&first));
-    assert!(again.out.contains("(kept)"), "{}", again.out);
-    assert_eq!(std::fs::read_to_string(&config).expect("still there"), written);
-    let renamed = run_alone(&["init", "--state", state_text, "--name", "paris"]);
-    assert!(renamed.status == 2 && renamed.err.contains("calls this site berlin, not paris"), "{renamed:?}");
-
-    let json = run_alone(&["init", "--state", state_text, "--json"]);
-    let json: Value = serde_json::from_str(&json.out).expect("JSON");
-    assert_eq!(json["fingerprint"], fingerprint(&first));
-    assert_eq!(json["config_is_new"], false);
-
-    // The snippet is a configuration's part as it stands.
-    let peer = json["peer_snippet"].as_str().expect("a snippet");
-    let text = format!("[site]\nname = \"paris\"\nstate_dir = \".\"\n\n{peer}");
-    let other = crate::config::Config::parse(Path::new("/x.toml"), &text, std::iter::empty()).expect("it parses");
-    assert_eq!(other.peers[0].fingerprint.to_string(), fingerprint(&first));
-    assert_eq!(other.peers[0].address.as_ref().map(|address| address.port()), Some(7440));
-}
-
-#[test]
-fn init_explains_itself() {
-    let ran = run_alone(&["init", "--state", "/proc/nothing/here"]);
-    assert_eq!(ran.status, 1);
-    assert!(ran.err.contains("cannot make the directory /proc/nothing/here"), "{}", ran.err);
-    let dir = tempfile::tempdir().expect("a directory");
-    std::fs::write(dir.path().join("blockferry.toml"), "[siet]\n").expect("written");
-    let ran = run_alone(&["init", "--state", dir.path().to_str().expect("text")]);
-    assert_eq!(ran.status, 2);
-    assert!(ran.err.contains("blockferry.toml:1: there is no section \"siet\"; did you mean [site]?"), "{}", ran.err);
 }
 
 #[test]

@@ -2,19 +2,21 @@
 //! Must not know how the daemon does it, nor what a report looks like.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Serialize;
 
 use crate::control::{
-    AddVolume, ApiError, ClientError, ControlClient, ErrorKind, JobId, PrewarmStatus, RelocateRequest,
-    RelocationAnswer, VolumeStatus,
+    AddVolume, ApiError, Cancel, ClientError, ControlClient, DEFAULT_HANDOVER_TIMEOUT, ErrorKind, JobId, PrewarmStatus,
+    Reclaim, RelocateRequest, RelocationAnswer, VolumeStatus,
 };
 use crate::core::ids::Name;
 
-use super::args::{PrewarmArgs, RelocateArgs, StatusArgs, StoreVerb, Verb, VolumeVerb};
+use super::args::{PeerVerb, PrewarmArgs, RelocateArgs, StatusArgs, StoreVerb, Verb, VolumeVerb};
 use super::console::{CliError, Console, Pace};
 use super::fleet::{FleetItem, read_fleet};
 use super::follow::{self, Outcome};
+use super::verdict::{Until, Wait};
 use super::{daemon, show};
 
 /// What `relocate --json` reports.
@@ -46,7 +48,7 @@ pub(super) async fn ask(verb: Verb, console: &mut Console<'_>) -> Result<(), Cli
     match verb {
         Verb::Volume(VolumeVerb::Add(args)) => {
             let client = daemon::find(&args.daemon, console)?;
-            let add = AddVolume { name: args.name, image: absolute(&args.image)? };
+            let add = AddVolume { name: args.name, image: absolute(&args.image)?, again: args.again };
             let status = client.add_volume(&add).await?;
             if args.json {
                 return console.say_json(&status);
@@ -80,10 +82,27 @@ pub(super) async fn ask(verb: Verb, console: &mut Console<'_>) -> Result<(), Cli
             console.say(format!("{}: bulk limit is {}", args.name, args.rate))
         }
         Verb::Cancel(args) => {
-            daemon::find(&args.daemon, console)?.cancel(&args.name).await?;
-            console.say(format!("{}: relocation given up", args.name))
+            let cancel = Cancel { discard_writes: args.discard_writes };
+            let answer = daemon::find(&args.daemon, console)?.cancel(&args.name, cancel).await?;
+            if args.json {
+                return console.say_json(&answer);
+            }
+            console.say(show::cancelled(&args.name, answer.as_ref()).trim_end())
+        }
+        Verb::Reclaim(args) => {
+            let reclaim = Reclaim { epoch: args.epoch };
+            let answer = daemon::find(&args.daemon, console)?.reclaim(&args.name, reclaim).await?;
+            if args.json {
+                console.say_json(&answer)
+            } else {
+                console.say(show::reclaimed(&args.name, &answer).trim_end())
+            }
         }
         Verb::Prewarm(args) => prewarm(args, console).await,
+        Verb::Peer(PeerVerb::Accept(args)) => {
+            daemon::find(&args.daemon, console)?.accept_peer(&args.name).await?;
+            console.say(format!("{}: whichever instance comes next is the one", args.name))
+        }
         Verb::Store(StoreVerb::Stats(args)) => {
             let stats = daemon::find(&args.daemon, console)?.store_stats().await?;
             if args.json { console.say_json(&stats) } else { console.say(show::store(&stats).trim_end()) }
@@ -96,44 +115,61 @@ pub(super) async fn ask(verb: Verb, console: &mut Console<'_>) -> Result<(), Cli
 
 async fn relocate(args: RelocateArgs, console: &mut Console<'_>) -> Result<(), CliError> {
     let client = daemon::find(&args.daemon, console)?;
-    let answers = client.relocate(relocate_requests(&args)?).await?;
+    let (answers, unknown) = begin_relocations(&client, relocate_requests(&args)?, console).await?;
     let all = answers.len();
     let mut failures = Failures { of: all, count: 0, only: None };
     let mut relocations: Vec<RelocationReport> = Vec::with_capacity(all);
     for RelocationAnswer { peer, volume, error } in answers {
-        match &error {
-            Some(error) => failures.add(format!("{peer}/{volume}: {error}"), console),
-            None if args.wait || args.json => {}
-            None => console.say(format!("{volume}: served here, and on its way from {peer}"))?,
+        if let Some(error) = &error {
+            failures.add(format!("{peer}/{volume}: {error}"), console);
         }
         relocations.push(RelocationReport { peer, volume, error, status: None });
     }
-    if args.wait {
-        let mut begun: Vec<_> = relocations.iter_mut().filter(|report| report.error.is_none()).collect();
-        let names: Vec<Name> = begun.iter().map(|report| report.volume.clone()).collect();
-        let outcomes = follow::relocations(&client, &names, console).await?;
-        for (report, outcome) in begun.iter_mut().zip(outcomes) {
-            match outcome {
-                Outcome::Arrived(status) => {
-                    if !args.json {
-                        console.say(show::arrived(&status))?;
-                    }
-                    report.status = Some(status);
-                }
-                Outcome::Failed(status, why) => {
-                    let next = format!("`blockferry status {}` and the daemon's log say more", report.volume);
-                    let error = ApiError::new(ErrorKind::Unavailable, why, next);
-                    failures.add(format!("{}/{}: {error}", report.peer, report.volume), console);
-                    report.error = Some(error);
-                    report.status = status;
-                }
-            }
+    let timeout = args.timeout.map_or(DEFAULT_HANDOVER_TIMEOUT, |timeout| timeout.0);
+    let until = if args.wait { Until::Arrived } else { Until::Owned };
+    let wait = Wait { until, handover: timeout.saturating_add(console.pace.slack), unknown };
+    let begun: Vec<_> = relocations.iter_mut().filter(|report| report.error.is_none()).collect();
+    let names: Vec<Name> = begun.iter().map(|report| report.volume.clone()).collect();
+    let outcomes = follow::relocations(&client, &names, wait, console).await?;
+    for (report, Outcome { status, error }) in begun.into_iter().zip(outcomes) {
+        match (&error, &status) {
+            (Some(error), _) => failures.add(format!("{}/{}: {error}", report.peer, report.volume), console),
+            _ if args.json => {}
+            (None, Some(status)) if args.wait => console.say(show::arrived(status))?,
+            (None, _) => console.say(format!("{}: served here, and on its way from {}", report.volume, report.peer))?,
         }
+        report.error = error;
+        report.status = status.filter(|_| args.wait);
     }
     if args.json {
         console.say_json(&RelocateReport { relocations })?;
     }
     failures.result()
+}
+
+/// Asks for the relocations. Their answers, and how long a name may be unknown to the site although it was asked for.
+async fn begin_relocations(
+    client: &ControlClient,
+    requests: Vec<RelocateRequest>,
+    console: &mut Console<'_>,
+) -> Result<(Vec<RelocationAnswer>, Duration), CliError> {
+    let names: Vec<Name> = requests.iter().map(|request| request.volume.clone()).collect();
+    let asked = requests.clone();
+    let answer = tokio::select! {
+        answer = client.relocate(requests) => answer,
+        never = follow::handovers(client, &names, console) => match never {},
+    };
+    match answer {
+        Ok(answers) => Ok((answers, Duration::ZERO)),
+        // They go on, and the site says of each what became of it.
+        Err(ClientError::Refused(error)) if error.kind == ErrorKind::UnderWay => {
+            console.note(error.to_string());
+            let begun =
+                |request: RelocateRequest| RelocationAnswer { peer: request.peer, volume: request.volume, error: None };
+            Ok((asked.into_iter().map(begun).collect(), console.pace.absence))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// What failed of several relocations. A single one is the verb's own failure, in one line; of several, each has its
@@ -186,6 +222,9 @@ fn relocate_requests(args: &RelocateArgs) -> Result<Vec<RelocateRequest>, CliErr
             image: image.as_deref().map(absolute).transpose()?,
             bulk: args.bulk,
             bulk_rate_bytes_per_s: args.bulk_rate.and_then(|rate| rate.as_bytes_per_s()),
+            take: args.take,
+            overwrite: args.overwrite,
+            timeout_s: args.timeout.map(|timeout| timeout.0.as_secs_f64()),
         });
     }
     Ok(requests)

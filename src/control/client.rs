@@ -17,8 +17,8 @@ use crate::core::ids::Name;
 
 use super::server::{ErrorBody, REQUEST_TIMEOUT};
 use super::site::{
-    AddVolume, ApiError, JobId, Limit, Prewarm, PrewarmStarted, RelocateRequest, RelocationAnswer, RelocationAnswers,
-    Relocations,
+    AddVolume, ApiError, Cancel, CancelAnswer, JobId, Limit, Prewarm, PrewarmStarted, Reclaim, ReclaimAnswer,
+    RelocateRequest, RelocationAnswer, RelocationAnswers, Relocations,
 };
 use super::status::{PrewarmStatus, SiteStatus, StoreStats, VolumeStatus};
 
@@ -133,9 +133,22 @@ impl ControlClient {
         self.request(Method::POST, &format!("/v1/volumes/{name}/limit"), body).await.map(drop)
     }
 
-    /// `POST /v1/volumes/NAME/cancel`
-    pub async fn cancel(&self, name: &Name) -> Result<(), ClientError> {
-        self.order(name, "cancel").await
+    /// `POST /v1/volumes/NAME/cancel`; a daemon of an earlier version answers nothing.
+    pub async fn cancel(&self, name: &Name, cancel: Cancel) -> Result<Option<CancelAnswer>, ClientError> {
+        // Earlier versions take no body: none is sent where it would say nothing.
+        let body = if cancel == Cancel::default() { Bytes::new() } else { self.encode(&cancel)? };
+        let answer = self.request(Method::POST, &format!("/v1/volumes/{name}/cancel"), body).await?;
+        if answer.is_empty() { Ok(None) } else { self.decode(&answer).map(Some) }
+    }
+
+    /// `POST /v1/peers/NAME/accept`
+    pub async fn accept_peer(&self, name: &Name) -> Result<(), ClientError> {
+        self.request(Method::POST, &format!("/v1/peers/{name}/accept"), Bytes::new()).await.map(drop)
+    }
+
+    /// `POST /v1/volumes/NAME/reclaim`
+    pub async fn reclaim(&self, name: &Name, reclaim: Reclaim) -> Result<ReclaimAnswer, ClientError> {
+        self.send(Method::POST, &format!("/v1/volumes/{name}/reclaim"), &reclaim).await
     }
 
     /// `POST /v1/prewarms`

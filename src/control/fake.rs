@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt, ready};
 use parking_lot::Mutex;
@@ -13,14 +14,19 @@ use tokio::sync::oneshot;
 use super::*;
 use crate::core::ids::Name;
 
-/// What a volume's name makes of it: `bad-...` fails, `slow` is never answered, `precious` cannot be cancelled.
+/// What a volume's name makes of it: `bad-...` fails, `slow` is never answered, `precious` cannot be cancelled. The
+/// hand-over of `late-...` takes two looks, that of `stuck-...` does not end, that of `withdrawn-...` is withdrawn.
 #[derive(Default)]
 pub(crate) struct FakeSite {
     pub volumes: Mutex<BTreeMap<Name, VolumeStatus>>,
     pub calls: Mutex<Vec<String>>,
+    pub owed: Mutex<Vec<OwedOfVolume>>,
+    pub left: Mutex<Vec<Left>>,
     prewarms: Mutex<Vec<(Vec<PathBuf>, u64)>>,
     /// The next status waits for this.
     pub gate: Mutex<Option<oneshot::Receiver<()>>>,
+    /// The next removal or relocation waits for this.
+    pub change_gate: Mutex<Option<oneshot::Receiver<()>>>,
 }
 
 pub(crate) fn name(text: &str) -> Name {
@@ -70,6 +76,9 @@ pub(crate) fn volume(name_text: &str, role: Role, phase: Phase) -> VolumeStatus 
             cwnd_bytes: Some(620_000),
         }),
         nbd_clients: 1,
+        read_only: None,
+        guest_written_bytes: if role == Role::Destination { 18 << 20 } else { 0 },
+        owed: Vec::new(),
     }
 }
 
@@ -99,7 +108,15 @@ impl FakeSite {
     fn advance(volume: &mut VolumeStatus) {
         let text = volume.name.to_string();
         match volume.phase {
+            Phase::Connecting
+                if text.starts_with("stuck")
+                    || (volume.phase_reason.is_empty()
+                        && ["late", "withdrawn"].iter().any(|s| text.starts_with(s))) =>
+            {
+                volume.phase_reason = "site-b is writing back its cache before the hand-over".into();
+            }
             Phase::Connecting => {
+                volume.phase_reason.clear();
                 volume.phase = Phase::Copying;
                 volume.eta_s = Some(60.0);
                 volume.blocks.absent = 8192;
@@ -162,6 +179,8 @@ impl Site for FakeSite {
                     },
                 ],
                 store: FakeSite::stats(),
+                owed: self.owed.lock().clone(),
+                left: self.left.lock().clone(),
             })
         }
         .boxed()
@@ -176,11 +195,22 @@ impl Site for FakeSite {
             FakeSite::advance(volume);
             volume.clone()
         });
+        if found.as_ref().is_some_and(|volume| volume.phase == Phase::Copying) && name.as_str().starts_with("withdrawn")
+        {
+            let message = format!("the hand-over of {name} was withdrawn: it took more than 5m");
+            return ready(Err(ApiError::new(ErrorKind::Conflict, message, "relocate it again"))).boxed();
+        }
         ready(found.ok_or_else(|| FakeSite::missing(&name))).boxed()
     }
 
     fn add_volume(&self, add: AddVolume) -> Answer<'_, ()> {
-        self.note(format!("add {} {}", add.name, add.image.display()));
+        let again = if add.again { " again" } else { "" };
+        self.note(format!("add {} {}{again}", add.name, add.image.display()));
+        let left = self.left.lock().iter().find(|left| left.name == add.name && !add.again).cloned();
+        if let Some(Left { name, peer, epoch }) = left {
+            let message = format!("{name} left this site for {peer} in epoch {epoch}");
+            return ready(Err(ApiError::new(ErrorKind::Conflict, message, "--again takes it back"))).boxed();
+        }
         let mut volumes = self.volumes.lock();
         if volumes.contains_key(&add.name) {
             let message = format!("there is a volume {} already", add.name);
@@ -193,9 +223,17 @@ impl Site for FakeSite {
     }
 
     fn remove_volume(&self, name: Name) -> Answer<'_, ()> {
-        let result = self.order("remove", name.clone());
-        self.volumes.lock().remove(&name);
-        ready(result).boxed()
+        assert_ne!(name.as_str(), "panics", "a panic on purpose");
+        async move {
+            let gate = self.change_gate.lock().take();
+            if let Some(gate) = gate {
+                let _ = gate.await;
+            }
+            let result = self.order("remove", name.clone());
+            self.volumes.lock().remove(&name);
+            result
+        }
+        .boxed()
     }
 
     fn relocate(&self, requests: Vec<RelocateRequest>) -> BoxFuture<'_, Vec<Result<(), ApiError>>> {
@@ -214,7 +252,14 @@ impl Site for FakeSite {
                 Err(ApiError::new(ErrorKind::Conflict, message, "cancel or remove that one first"))
             });
         }
-        ready(results).boxed()
+        let gate = self.change_gate.lock().take();
+        async move {
+            if let Some(gate) = gate {
+                let _ = gate.await;
+            }
+            results
+        }
+        .boxed()
     }
 
     fn pause(&self, name: Name) -> Answer<'_, ()> {
@@ -229,12 +274,40 @@ impl Site for FakeSite {
         ready(self.order(&format!("limit {bytes_per_s:?}"), name)).boxed()
     }
 
-    fn cancel(&self, name: Name) -> Answer<'_, ()> {
-        if name.as_str() == "precious" {
+    fn cancel(&self, name: Name, cancel: Cancel) -> Answer<'_, CancelAnswer> {
+        if name.as_str() == "precious" && !cancel.discard_writes {
             let message = "cancelling precious would lose 3 blocks that its guest wrote";
             return ready(Err(ApiError::new(ErrorKind::Refused, message, "let it complete"))).boxed();
         }
-        ready(self.order("cancel", name)).boxed()
+        let what = if cancel.discard_writes { "cancel discarding" } else { "cancel" };
+        let discarded_bytes = if cancel.discard_writes { 3 << 16 } else { 0 };
+        let answer = CancelAnswer { discarded_bytes, owner: self::name("site-b") };
+        ready(self.order(what, name).map(|()| answer)).boxed()
+    }
+
+    fn accept_peer(&self, name: Name) -> Answer<'_, ()> {
+        let accepted = self.order("accept", name);
+        Box::pin(async move { accepted })
+    }
+
+    fn reclaim(&self, name: Name, reclaim: Reclaim) -> Answer<'_, ReclaimAnswer> {
+        let answer = self.order(&format!("reclaim {}", reclaim.epoch), name.clone()).and_then(|()| {
+            let mut volumes = self.volumes.lock();
+            let volume = volumes.get_mut(&name).ok_or_else(|| FakeSite::missing(&name))?;
+            if volume.epoch != reclaim.epoch {
+                let message = format!("{name} is in epoch {}, not {}", volume.epoch, reclaim.epoch);
+                return Err(ApiError::new(ErrorKind::Conflict, message, "look at its status again"));
+            }
+            volume.epoch += 1;
+            let (lost, lost_bytes) = match volume.role {
+                Role::Source => (vec![], Some(0)),
+                Role::Destination => {
+                    (vec!["4096 blocks that never arrived read as errors.".to_owned()], Some(4096 << 16))
+                }
+            };
+            Ok(ReclaimAnswer { epoch: volume.epoch, lost, lost_bytes, fenced: volume.peer.clone() })
+        });
+        ready(answer).boxed()
     }
 
     fn prewarm(&self, images: Vec<PathBuf>) -> Answer<'_, JobId> {
@@ -281,9 +354,13 @@ pub(crate) struct FakeDaemon {
 impl FakeDaemon {
     /// Must be called within a tokio runtime.
     pub(crate) fn start() -> FakeDaemon {
+        FakeDaemon::answering_within(REQUEST_TIMEOUT)
+    }
+
+    pub(crate) fn answering_within(timeout: Duration) -> FakeDaemon {
         let dir = tempfile::tempdir().expect("a directory");
         let site = FakeSite::with_volumes();
-        let server = ControlServer::bind(&dir.path().join("control.sock")).expect("bound");
+        let server = ControlServer::bind(&dir.path().join("control.sock")).expect("bound").within(timeout);
         let served: Arc<dyn Site> = site.clone();
         tokio::spawn(server.serve(served, std::future::pending()));
         FakeDaemon { site, dir }

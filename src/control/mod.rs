@@ -15,7 +15,9 @@
 //! | `POST /v1/volumes/NAME/pause` | 204: the bulk copy pauses |
 //! | `POST /v1/volumes/NAME/resume` | 204: it goes on |
 //! | `POST /v1/volumes/NAME/limit` | [`Limit`] -> 204 |
-//! | `POST /v1/volumes/NAME/cancel` | 204: the relocation is given up |
+//! | `POST /v1/volumes/NAME/cancel` | [`Cancel`], or nothing -> [`CancelAnswer`]: the relocation is given up |
+//! | `POST /v1/volumes/NAME/reclaim` | [`Reclaim`] -> [`ReclaimAnswer`]: ended without the peer, which is lost for good |
+//! | `POST /v1/peers/NAME/accept` | 204: whichever instance of the peer comes next is the one |
 //! | `POST /v1/prewarms` | [`Prewarm`] -> 202, [`PrewarmStarted`] |
 //! | `GET /v1/prewarms/JOB` | [`PrewarmStatus`] |
 //! | `GET /v1/store` | [`StoreStats`] |
@@ -32,13 +34,19 @@
 //! ferry volumes/web-01/resume -X POST
 //! ferry volumes/web-01/limit -d '{"bytes_per_s":1000000}'
 //! ferry volumes/web-01/cancel -X POST
+//! ferry volumes/web-01/cancel -d '{"discard_writes":true}'
+//! ferry volumes/web-01/reclaim -d '{"epoch":3}'
+//! ferry peers/site-b/accept -X POST
 //! ferry prewarms -d '{"images":["/srv/template.raw"]}'
 //! ferry prewarms/1
 //! ferry store
 //! ```
 //!
 //! What fails answers with its status and `{"error":{"kind":"not_found","message":"...","next":"what to do"}}`:
-//! `invalid` 400, `refused` 403, `not_found` 404, `conflict` 409, `internal` 500, `unavailable` 503.
+//! `invalid` 400, `refused` 403, `not_found` 404, `conflict` 409, `internal` 500, `unavailable` and `under_way` 503.
+//!
+//! A request that changes something is carried out to its end, whether its client waits or not. Where it takes longer
+//! than [`REQUEST_TIMEOUT`], the answer is `under_way`: it goes on, and the status tells what came of it.
 
 mod client;
 #[cfg(test)]
@@ -51,11 +59,11 @@ mod status;
 pub use self::client::{ClientError, ControlClient};
 pub use self::server::{ControlServer, MAX_BODY_BYTES, MAX_CONNECTIONS, REQUEST_TIMEOUT};
 pub use self::site::{
-    AddVolume, Answer, ApiError, ErrorKind, JobId, Limit, Prewarm, PrewarmStarted, RelocateRequest, RelocationAnswer,
-    RelocationAnswers, Relocations, Site,
+    AddVolume, Answer, ApiError, Cancel, CancelAnswer, DEFAULT_HANDOVER_TIMEOUT, ErrorKind, JobId, Limit, Prewarm,
+    PrewarmStarted, Reclaim, ReclaimAnswer, RelocateRequest, RelocationAnswer, RelocationAnswers, Relocations, Site,
 };
 pub use self::socket::{ControlSocket, SocketError};
 pub use self::status::{
-    BlockCounts, BulkStatus, LatencyMs, LinkState, LinkStatus, MovedBytes, PeerStatus, Phase, PrewarmStatus, ReadBytes,
-    Role, SiteStatus, StoreStats, VolumeStatus, WireBytes,
+    BlockCounts, BulkStatus, LatencyMs, Left, LinkState, LinkStatus, MovedBytes, Owed, OwedOfVolume, PeerStatus, Phase,
+    PrewarmStatus, ReadBytes, Role, SiteStatus, StoreStats, VolumeStatus, WireBytes,
 };

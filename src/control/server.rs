@@ -1,6 +1,8 @@
 //! The server of the control API: routes, bounds and errors as JSON.
 //! Must not know how a site does what it is asked.
 
+mod bounds;
+
 use std::future::Future;
 use std::io;
 use std::path::Path;
@@ -11,9 +13,8 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Path as UrlPath, Request, State};
+use axum::extract::{DefaultBodyLimit, Path as UrlPath, State};
 use axum::http::{Method, StatusCode, Uri};
-use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::serve::Listener;
@@ -26,9 +27,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::core::ids::Name;
 
+use self::bounds::Bounds;
 use super::site::{
-    AddVolume, ApiError, ErrorKind, JobId, Limit, Prewarm, PrewarmStarted, RelocationAnswer, RelocationAnswers,
-    Relocations, Site,
+    AddVolume, ApiError, Cancel, CancelAnswer, ErrorKind, JobId, Limit, Prewarm, PrewarmStarted, ReclaimAnswer,
+    RelocationAnswer, RelocationAnswers, Relocations, Site,
 };
 use super::socket::{ControlSocket, SocketError};
 use super::status::{PrewarmStatus, SiteStatus, StoreStats, VolumeStatus};
@@ -36,7 +38,8 @@ use super::status::{PrewarmStatus, SiteStatus, StoreStats, VolumeStatus};
 /// The largest request body: some ten thousand relocations at once.
 pub const MAX_BODY_BYTES: usize = 4 << 20;
 
-/// How long a request may take in all. A site that needs longer answers that it began, and is watched by its status.
+/// How long a request's answer may take in all. A site that needs longer answers that it began, and is watched by its
+/// status; a change that is under way by then is not cut short.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Connections at once; the next one waits until one of them closes.
@@ -46,6 +49,7 @@ pub const MAX_CONNECTIONS: usize = 64;
 #[derive(Debug)]
 pub struct ControlServer {
     socket: ControlSocket,
+    timeout: Duration,
 }
 
 /// The body of every answer that is an error.
@@ -61,7 +65,13 @@ impl ControlServer {
     /// Makes the socket and listens; clients that connect from now on wait for [`ControlServer::serve`]. Must be called
     /// within a tokio runtime.
     pub fn bind(socket_path: &Path) -> Result<ControlServer, SocketError> {
-        ControlSocket::bind(socket_path).map(|socket| ControlServer { socket })
+        ControlSocket::bind(socket_path).map(|socket| ControlServer { socket, timeout: REQUEST_TIMEOUT })
+    }
+
+    /// The same with another time than [`REQUEST_TIMEOUT`].
+    #[cfg(test)]
+    pub(super) fn within(self, timeout: Duration) -> ControlServer {
+        ControlServer { timeout, ..self }
     }
 
     /// Where it listens.
@@ -69,8 +79,8 @@ impl ControlServer {
         self.socket.path()
     }
 
-    /// Answers until `shutdown` completes, then finishes the requests in hand (at most [`REQUEST_TIMEOUT`] each) and
-    /// removes the socket.
+    /// Answers until `shutdown` completes, then finishes the requests in hand (at most [`REQUEST_TIMEOUT`] each, those
+    /// whose clients have left among them) and removes the socket.
     pub async fn serve(
         self,
         site: Arc<dyn Site>,
@@ -78,13 +88,20 @@ impl ControlServer {
     ) -> io::Result<()> {
         let (listener, file) = self.socket.into_parts();
         let listener = Bounded { listener, permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)) };
-        let served = axum::serve(listener, router(site, REQUEST_TIMEOUT)).with_graceful_shutdown(shutdown).await;
+        let bounds = Bounds::new(self.timeout);
+        let under_way = bounds.under_way.clone();
+        let served = axum::serve(listener, router(site, bounds)).with_graceful_shutdown(shutdown).await;
+        // Those whose clients left: they have begun to change something.
+        under_way.close();
+        if tokio::time::timeout(self.timeout, under_way.wait()).await.is_err() {
+            tracing::warn!(count = under_way.len(), "control requests are cut off: they did not end in time");
+        }
         drop(file);
         served
     }
 }
 
-fn router(site: Arc<dyn Site>, timeout: Duration) -> Router {
+fn router(site: Arc<dyn Site>, bounds: Bounds) -> Router {
     Router::new()
         .route("/v1/status", get(status))
         .route("/v1/volumes", get(list_volumes).post(add_volume))
@@ -93,6 +110,8 @@ fn router(site: Arc<dyn Site>, timeout: Duration) -> Router {
         .route("/v1/volumes/{name}/resume", post(resume))
         .route("/v1/volumes/{name}/limit", post(limit))
         .route("/v1/volumes/{name}/cancel", post(cancel))
+        .route("/v1/volumes/{name}/reclaim", post(reclaim))
+        .route("/v1/peers/{name}/accept", post(accept_peer))
         .route("/v1/relocations", post(relocate))
         .route("/v1/prewarms", post(prewarm))
         .route("/v1/prewarms/{job}", get(prewarm_status))
@@ -100,7 +119,7 @@ fn router(site: Arc<dyn Site>, timeout: Duration) -> Router {
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
-        .layer(axum::middleware::from_fn(move |request, next| within(timeout, request, next)))
+        .layer(axum::middleware::from_fn(move |request, next| bounds.clone().answer(request, next)))
         .with_state(site)
 }
 
@@ -142,8 +161,21 @@ async fn limit(State(site): Shared, name: UrlPath<String>, body: Body) -> Result
     done(site.limit(volume_name(name)?, bytes_per_s).await)
 }
 
-async fn cancel(State(site): Shared, name: UrlPath<String>) -> Result<StatusCode, ApiError> {
-    done(site.cancel(volume_name(name)?).await)
+async fn cancel(State(site): Shared, name: UrlPath<String>, body: Body) -> Result<Json<CancelAnswer>, ApiError> {
+    let cancel = match body {
+        Ok(body) if body.is_empty() => Cancel::default(),
+        body => json(body)?,
+    };
+    site.cancel(volume_name(name)?, cancel).await.map(Json)
+}
+
+async fn reclaim(State(site): Shared, name: UrlPath<String>, body: Body) -> Result<Json<ReclaimAnswer>, ApiError> {
+    let name = volume_name(name)?;
+    site.reclaim(name, json(body)?).await.map(Json)
+}
+
+async fn accept_peer(State(site): Shared, name: UrlPath<String>) -> Result<StatusCode, ApiError> {
+    site.accept_peer(volume_name(name)?).await.map(|()| StatusCode::NO_CONTENT)
 }
 
 async fn relocate(State(site): Shared, body: Body) -> Result<(StatusCode, Json<RelocationAnswers>), ApiError> {
@@ -154,6 +186,7 @@ async fn relocate(State(site): Shared, body: Body) -> Result<(StatusCode, Json<R
     for request in &relocations {
         limit_is_not_zero(request.bulk_rate_bytes_per_s)?;
         request.image.as_deref().map_or(Ok(()), absolute)?;
+        timeout_is_sound(request.timeout_s)?;
     }
     let asked: Vec<_> = relocations.iter().map(|request| (request.peer.clone(), request.volume.clone())).collect();
     let results = site.relocate(relocations).await;
@@ -201,19 +234,6 @@ async fn no_such_method(method: Method, uri: Uri) -> Response {
     (StatusCode::METHOD_NOT_ALLOWED, Json(ErrorBody { error })).into_response()
 }
 
-/// Bounds everything that follows the request's head: reading the body, the site's answer.
-async fn within(timeout: Duration, request: Request, next: Next) -> Response {
-    let what = format!("{} {}", request.method(), request.uri().path());
-    match tokio::time::timeout(timeout, next.run(request)).await {
-        Ok(response) => response,
-        Err(_) => {
-            tracing::warn!(request = %what, "a control request took too long and was given up");
-            let message = format!("{what} was not answered within {} s", timeout.as_secs());
-            ApiError::new(ErrorKind::Unavailable, message, "look at the status before you ask again").into_response()
-        }
-    }
-}
-
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let status = match self.kind {
@@ -221,10 +241,13 @@ impl IntoResponse for ApiError {
             ErrorKind::Conflict => StatusCode::CONFLICT,
             ErrorKind::Invalid => StatusCode::BAD_REQUEST,
             ErrorKind::Refused => StatusCode::FORBIDDEN,
-            ErrorKind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
+            ErrorKind::Unavailable | ErrorKind::UnderWay => StatusCode::SERVICE_UNAVAILABLE,
             ErrorKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        (status, Json(ErrorBody { error: self })).into_response()
+        let mut response = (status, Json(ErrorBody { error: self.clone() })).into_response();
+        // For the log, should nobody hear the answer.
+        response.extensions_mut().insert(self);
+        response
     }
 }
 
@@ -259,6 +282,14 @@ fn limit_is_not_zero(bytes_per_s: Option<u64>) -> Result<(), ApiError> {
         return Err(invalid("a limit of 0 bytes per second would never end", "pause the volume instead"));
     }
     Ok(())
+}
+
+fn timeout_is_sound(timeout_s: Option<f64>) -> Result<(), ApiError> {
+    match timeout_s.map(Duration::try_from_secs_f64) {
+        None => Ok(()),
+        Some(Ok(timeout)) if !timeout.is_zero() => Ok(()),
+        Some(_) => Err(invalid("timeout_s is no time that a hand-over could take", "give seconds, more than 0")),
+    }
 }
 
 /// A listener that admits [`MAX_CONNECTIONS`] at once.

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
@@ -15,8 +16,9 @@ use super::status::{PrewarmStatus, SiteStatus, StoreStats, VolumeStatus};
 /// The answer to a question.
 pub type Answer<'a, T> = BoxFuture<'a, Result<T, ApiError>>;
 
-/// What a site can be asked. Every answer must come within [`super::REQUEST_TIMEOUT`]: long work is started here and
-/// watched by its status.
+/// What a site can be asked. Every answer should come within [`super::REQUEST_TIMEOUT`]: long work is started here and
+/// watched by its status. The future of a question that changes something is driven to its end, whatever becomes of the
+/// client that asked.
 pub trait Site: Send + Sync + 'static {
     /// Everything at a glance.
     fn status(&self) -> Answer<'_, SiteStatus>;
@@ -26,7 +28,9 @@ pub trait Site: Send + Sync + 'static {
     fn add_volume(&self, add: AddVolume) -> Answer<'_, ()>;
     /// Stops serving an image that this site owns; the image stays.
     fn remove_volume(&self, name: Name) -> Answer<'_, ()>;
-    /// Begins relocations. One result for each request, in their order.
+    /// Begins relocations. One result for each request, in their order: the volume is owned here, or its hand-over has
+    /// begun and its phase is [`super::Phase::Connecting`]. Why a hand-over was withdrawn or refused afterwards is the
+    /// error of [`Site::volume_status`] for its name.
     fn relocate(&self, requests: Vec<RelocateRequest>) -> BoxFuture<'_, Vec<Result<(), ApiError>>>;
     /// Pauses a bulk copy.
     fn pause(&self, name: Name) -> Answer<'_, ()>;
@@ -34,8 +38,12 @@ pub trait Site: Send + Sync + 'static {
     fn resume(&self, name: Name) -> Answer<'_, ()>;
     /// Limits a bulk copy, in bytes per second; `None` removes its limit.
     fn limit(&self, name: Name, bytes_per_s: Option<u64>) -> Answer<'_, ()>;
-    /// Gives a relocation up; refused where that would lose what the guest wrote.
-    fn cancel(&self, name: Name) -> Answer<'_, ()>;
+    /// Gives a relocation up; refused where that would lose what the guest wrote, unless told to discard it.
+    fn cancel(&self, name: Name, cancel: Cancel) -> Answer<'_, CancelAnswer>;
+    /// Ends a relocation without the site at its other end, which is lost for good and is fenced should it come back.
+    fn reclaim(&self, name: Name, reclaim: Reclaim) -> Answer<'_, ReclaimAnswer>;
+    /// Lets whichever instance of a peer comes next be the one: a person's decision, after another was turned away.
+    fn accept_peer(&self, name: Name) -> Answer<'_, ()>;
     /// Begins to read images into the store.
     fn prewarm(&self, images: Vec<PathBuf>) -> Answer<'_, JobId>;
     /// How far a prewarm job is.
@@ -52,10 +60,13 @@ pub struct AddVolume {
     pub name: Name,
     /// An absolute path at the daemon's site.
     pub image: PathBuf,
+    /// Take the name back although it left this site for another one.
+    #[serde(default)]
+    pub again: bool,
 }
 
 /// A volume to be brought here.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RelocateRequest {
     /// Where it is now.
@@ -71,14 +82,27 @@ pub struct RelocateRequest {
     /// The most that its bulk copy may take, in bytes per second.
     #[serde(default)]
     pub bulk_rate_bytes_per_s: Option<u64>,
+    /// Take it although clients are connected at the source: their writes fail from then on.
+    #[serde(default)]
+    pub take: bool,
+    /// Overwrite what the image, a device, holds.
+    #[serde(default)]
+    pub overwrite: bool,
+    /// How long the hand-over may take, before it is withdrawn on both sides; without one, the site chooses
+    /// ([`DEFAULT_HANDOVER_TIMEOUT`]). More than 0.
+    #[serde(default)]
+    pub timeout_s: Option<f64>,
 }
+
+/// How long a hand-over may take that says nothing else.
+pub const DEFAULT_HANDOVER_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 fn yes() -> bool {
     true
 }
 
 /// The body of `POST /v1/relocations`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Relocations {
     /// At least one.
@@ -109,6 +133,45 @@ pub struct RelocationAnswer {
 pub struct Limit {
     /// At least 1; `null` removes the limit.
     pub bytes_per_s: Option<u64>,
+}
+
+/// The body of `POST /v1/volumes/NAME/cancel`; no body is the default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cancel {
+    /// Give the relocation up although the guest wrote here, and throw that away.
+    #[serde(default)]
+    pub discard_writes: bool,
+}
+
+/// The answer to [`Cancel`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CancelAnswer {
+    /// What the guest had written here and nobody has now.
+    pub discarded_bytes: u64,
+    /// Whose the volume is now.
+    pub owner: Name,
+}
+
+/// The body of `POST /v1/volumes/NAME/reclaim`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reclaim {
+    /// The epoch that the volume's status shows: proof that somebody looked.
+    pub epoch: u64,
+}
+
+/// The answer to [`Reclaim`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReclaimAnswer {
+    /// The volume's epoch from now on.
+    pub epoch: u64,
+    /// What is lost, a sentence each.
+    pub lost: Vec<String>,
+    /// How much is lost at most, where that is known.
+    pub lost_bytes: Option<u64>,
+    /// The peer that may not serve the volume should it come back.
+    pub fenced: Option<Name>,
 }
 
 /// The body of `POST /v1/prewarms`.
@@ -170,8 +233,20 @@ pub enum ErrorKind {
     Refused,
     /// Not now: a peer or a disk does not answer. 503
     Unavailable,
+    /// It was begun, and goes on behind this answer; the status tells what came of it. 503
+    UnderWay,
     /// A fault of this program or its machine. 500
     Internal,
+}
+
+impl ErrorKind {
+    /// Whether the same question may be answered before long: this says nothing about what was asked for.
+    pub fn is_passing(self) -> bool {
+        match self {
+            ErrorKind::NotFound | ErrorKind::Conflict | ErrorKind::Invalid | ErrorKind::Refused => false,
+            ErrorKind::Unavailable | ErrorKind::UnderWay | ErrorKind::Internal => true,
+        }
+    }
 }
 
 impl ApiError {

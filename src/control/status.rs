@@ -27,6 +27,47 @@ pub struct SiteStatus {
     pub peers: Vec<PeerStatus>,
     /// The content store.
     pub store: StoreStats,
+    /// What peers are yet to be told of any volume, also of those that are no longer here.
+    #[serde(default)]
+    pub owed: Vec<OwedOfVolume>,
+    /// The names that left this site for good.
+    #[serde(default)]
+    pub left: Vec<Left>,
+}
+
+/// Something that a peer is yet to be told of a volume; it is told as soon as it can be reached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Owed {
+    /// Who is to be told.
+    pub peer: Name,
+    /// What, in a few words.
+    pub what: String,
+    /// The volume's epoch when it came to be owed.
+    pub since_epoch: u64,
+}
+
+/// [`Owed`], with the volume that it is about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwedOfVolume {
+    /// The volume's name.
+    pub volume: Name,
+    /// Who is to be told.
+    pub peer: Name,
+    /// What, in a few words.
+    pub what: String,
+    /// The volume's epoch when it came to be owed.
+    pub since_epoch: u64,
+}
+
+/// A name that left this site for good: it is not served here again unless told so.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// The volume's name.
+    pub name: Name,
+    /// The site that it left for.
+    pub peer: Name,
+    /// The epoch in which it left.
+    pub epoch: u64,
 }
 
 /// A configured peer.
@@ -97,6 +138,15 @@ pub struct VolumeStatus {
     pub link: Option<LinkStatus>,
     /// Connected NBD clients.
     pub nbd_clients: u32,
+    /// Why guests may only read it; `None`: they may write, as far as the phase allows it.
+    #[serde(default)]
+    pub read_only: Option<String>,
+    /// What guests wrote here that the source does not have: giving the relocation up loses so much.
+    #[serde(default)]
+    pub guest_written_bytes: u64,
+    /// What peers are yet to be told of it.
+    #[serde(default)]
+    pub owed: Vec<Owed>,
 }
 
 /// Which end of a relocation this site is.
@@ -129,6 +179,11 @@ pub enum Phase {
     Complete,
     /// At the destination: everything is here, and the source knows. The end.
     ReleasedFromSource,
+    /// At the destination: the relocation was given up, and the source is yet to take the volume back.
+    GivingBack,
+    /// This site may not write it any more: the other side reclaimed it, or it was lost to the other side. The reason
+    /// says why and what to do.
+    Fenced,
     /// It cannot go on; the reason says why and what to do.
     Failed,
 }
@@ -150,6 +205,8 @@ impl Phase {
             Phase::Stalled => "stalled",
             Phase::Complete => "complete",
             Phase::ReleasedFromSource => "released_from_source",
+            Phase::GivingBack => "giving_back",
+            Phase::Fenced => "fenced",
             Phase::Failed => "failed",
         }
     }

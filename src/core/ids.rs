@@ -277,9 +277,85 @@ impl fmt::Debug for Nonce {
     }
 }
 
+/// One life of a volume at a site, from its making to its removal: drawn at random, never used again. What is kept of a volume is kept
+/// under this and not under its name, which comes again.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Incarnation(pub [u8; 16]);
+
+impl Incarnation {
+    /// From random bytes, which the caller draws.
+    pub fn from_bytes(bytes: [u8; 16]) -> Incarnation {
+        Incarnation(bytes)
+    }
+}
+
+impl fmt::Display for Incarnation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Incarnation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Text that is no [`Incarnation`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no incarnation: 32 lowercase hexadecimal digits are expected")]
+pub struct BadIncarnation(pub String);
+
+impl FromStr for Incarnation {
+    type Err = BadIncarnation;
+
+    fn from_str(text: &str) -> Result<Incarnation, BadIncarnation> {
+        let bad = || BadIncarnation(text.chars().take(64).collect());
+        let digits: &[u8; 32] = text.as_bytes().try_into().map_err(|_| bad())?;
+        let digit = |at: usize| match digits[at] {
+            byte @ b'0'..=b'9' => Ok(byte - b'0'),
+            byte @ b'a'..=b'f' => Ok(byte - b'a' + 10),
+            _ => Err(bad()),
+        };
+        let mut bytes = [0; 16];
+        for (at, byte) in bytes.iter_mut().enumerate() {
+            *byte = digit(2 * at)? << 4 | digit(2 * at + 1)?;
+        }
+        Ok(Incarnation(bytes))
+    }
+}
+
+impl Serialize for Incarnation {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Incarnation {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Incarnation, D::Error> {
+        let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn incarnations_are_told_by_their_text() {
+        let incarnation = Incarnation(std::array::from_fn(|at| at as u8 * 17));
+        let text = "00112233445566778899aabbccddeeff";
+        assert_eq!(incarnation.to_string(), text);
+        assert_eq!(text.parse::<Incarnation>().expect("its own text"), incarnation);
+        assert_eq!(serde_json::to_string(&incarnation).expect("serializes"), format!("\"{text}\""));
+        assert_eq!(serde_json::from_str::<Incarnation>(&format!("\"{text}\"")).expect("reads"), incarnation);
+        for bad in
+            ["", "00", &text.to_uppercase(), &text[1..], &format!("{text}0"), &"ä".repeat(16), &text.replace('f', "g")]
+        {
+            assert!(bad.parse::<Incarnation>().is_err(), "{bad:?}");
+        }
+    }
 
     #[test]
     fn nonces_are_hexadecimal_text() {

@@ -228,6 +228,15 @@ impl Residency {
         self.bits.written() > 0 || !self.partial.is_empty()
     }
 
+    /// Bytes of all blocks that a guest wrote to while they were absent, as far as the guest's: of a block that has arrived since, all of it.
+    pub fn guest_bytes(&self) -> u64 {
+        let whole = self.bits.written() * u64::from(self.geometry.block_size.bytes());
+        let partial = |(block, mask): (&u64, &SectorMask)| -> u64 {
+            mask.valid(self.geometry.len_of(BlockIndex(*block))).iter().map(|range| range.len() as u64).sum()
+        };
+        (whole + self.partial.iter().map(partial).sum::<u64>()).min(self.geometry.size_bytes)
+    }
+
     /// The guest's bytes of these sectors are in the file. Widens nothing: `bytes` begins at a sector and ends at one
     /// or at the block's end.
     pub fn record_write(&mut self, block: BlockIndex, bytes: Range<u32>) {

@@ -13,14 +13,15 @@ use tokio::time::Instant;
 use super::lanes::StoreLanes;
 use super::link::Arrived;
 use super::{
-    Ask, BULK_BUDGET_KIB, Block, Budgeted, Command, Expected, FetchError, Origin, PeerKey, PeerView, Remote, Reply,
-    VolumeKey, Waiting as WaitingFor,
+    Ask, BULK_BUDGET_KIB, Block, Budgeted, Command, Expected, FetchError, Heard, Origin, PeerKey, PeerView, Remote,
+    Reply, VolumeKey, Waiting as WaitingFor,
 };
 use crate::core::frame::Frame;
 use crate::core::ids::{BlockId, Class, Name};
 use crate::core::manifest::Page;
 use crate::core::scheduler::{Action, Failure, FlightId, Landed, Limits, Now, Place, Scheduler, WaiterId, WantBlock};
 use crate::core::wire::{Control, MAX_WANTS_PER_FRAME, Refusal, Want};
+use crate::handover;
 use crate::transport::Link;
 
 /// How often windows are set anew and rates are judged.
@@ -69,9 +70,18 @@ struct Volume {
 }
 
 struct Question {
-    key: VolumeKey,
+    to: To,
     what: Ask,
     is_sent: bool,
+}
+
+/// Whom a question goes to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum To {
+    /// The peer of a volume that is open there.
+    Volume(VolumeKey),
+    /// A peer; the number is the asker's.
+    Peer(PeerKey, u64),
 }
 
 struct Waiting {
@@ -93,6 +103,8 @@ struct Actor {
     next_request: u32,
     /// Handles that are given up with the next frames.
     closing: Vec<(PeerKey, u32)>,
+    /// Who wants to know what peers say of their volumes' epochs.
+    heard: Option<UnboundedSender<Heard>>,
     waiters: HashMap<WaiterId, Waiting>,
     /// Verified and not in the store yet, with whoever sent it: answered from here.
     unstored: HashMap<BlockId, (Bytes, PeerKey)>,
@@ -118,6 +130,7 @@ pub(super) async fn run(
         opens: HashMap::new(),
         next_request: 1,
         closing: Vec::new(),
+        heard: None,
         waiters: HashMap::new(),
         unstored: HashMap::new(),
         unstored_bytes: 0,
@@ -224,11 +237,18 @@ impl Actor {
                 self.send_open(key);
             }
             Command::Ask { key, what } => {
-                let number = UNSENT | self.next_question;
-                self.next_question += 1;
-                self.questions.insert(number, Question { key, what, is_sent: false });
-                self.send_unsent();
+                self.question(To::Volume(key), what);
             }
+            Command::AskPeer { number, peer, what } => {
+                if !self.peers.contains_key(&peer) {
+                    return what.fail(FetchError::UnknownPeer);
+                }
+                self.question(To::Peer(peer, number), what);
+            }
+            Command::Withdraw { number } => {
+                self.questions.retain(|_, question| !matches!(question.to, To::Peer(_, asker) if asker == number));
+            }
+            Command::Listen { heard } => self.heard = Some(heard),
             Command::Want { want, reply } => self.want(now, want, reply),
             Command::Cancel { waiter } => {
                 self.waiters.remove(&waiter);
@@ -262,6 +282,27 @@ impl Actor {
         }
     }
 
+    fn question(&mut self, to: To, what: Ask) {
+        let number = UNSENT | self.next_question;
+        self.next_question += 1;
+        self.questions.insert(number, Question { to, what, is_sent: false });
+        self.send_unsent();
+    }
+
+    /// The peer that a question goes to; None if its volume is gone.
+    fn peer_of(&self, to: To) -> Option<PeerKey> {
+        match to {
+            To::Volume(key) => self.volumes.get(&key).map(|volume| volume.peer),
+            To::Peer(peer, _) => Some(peer),
+        }
+    }
+
+    fn hear(&self, peer: PeerKey, volume: &Name, epoch: u64) {
+        if let Some(heard) = self.heard.as_ref().filter(|_| epoch > 0) {
+            let _ = heard.send(Heard { peer, volume: volume.clone(), epoch });
+        }
+    }
+
     fn link_up(&mut self, key: PeerKey, generation: u64, link: Arc<dyn Link>) {
         let Some(peer) = self.peers.get_mut(&key) else { return };
         peer.outgoing = Some(forward(Arc::clone(&link)));
@@ -279,6 +320,7 @@ impl Actor {
             self.send_open(volume);
         }
         self.announce(key);
+        self.send_unsent();
     }
 
     fn link_lost(&mut self, key: PeerKey, generation: u64, why: String) {
@@ -302,7 +344,11 @@ impl Actor {
         self.closing.retain(|(peer, _)| *peer != key);
         let volumes = &self.volumes;
         for question in self.questions.values_mut() {
-            if volumes.get(&question.key).is_some_and(|volume| volume.peer == key) {
+            let is_of_peer = match question.to {
+                To::Volume(of) => volumes.get(&of).is_some_and(|volume| volume.peer == key),
+                To::Peer(peer, _) => peer == key,
+            };
+            if is_of_peer {
                 question.is_sent = false;
             }
         }
@@ -338,13 +384,14 @@ impl Actor {
 
     fn control(&mut self, key: PeerKey, frame: Control) {
         match frame {
-            Control::Opened { request, handle, geometry, generation, epoch, is_read_only: _ } => {
+            Control::Opened { request, handle, geometry, generation, epoch, is_read_only } => {
                 let Some(volume_key) = self.take_open(key, request) else { return };
                 if !self.volumes.contains_key(&volume_key) {
                     // Closed while its answer was on the way.
                     self.closing.push((key, handle));
                 }
-                self.opened(volume_key, Remote { key: volume_key, geometry, generation, epoch }, handle);
+                let remote = Remote { key: volume_key, geometry, generation, epoch, is_read_only };
+                self.opened(volume_key, remote, handle);
                 self.after_open(key);
             }
             Control::Done { request, epoch } => {
@@ -353,7 +400,7 @@ impl Actor {
                 if self.is_asked(key, number)
                     && !is_of_pages
                     && let Some(Question { what, .. }) = self.questions.remove(&number)
-                    && let Ask::TakeOver(_, reply) | Ask::Completed(_, reply) | Ask::GiveBack(_, reply) = what
+                    && let Ask::Owner(_, _, reply) = what
                 {
                     let _ = reply.send(Ok(epoch));
                 }
@@ -362,6 +409,9 @@ impl Actor {
                 let Some(peer) = self.peers.get(&key).map(|peer| peer.name.clone()) else { return };
                 let error = FetchError::Refused { peer, refusal, epoch, why };
                 if let Some(volume_key) = self.take_open(key, request) {
+                    if let Some(volume) = self.volumes.get(&volume_key) {
+                        self.hear(key, &volume.name, epoch);
+                    }
                     self.open_refused(volume_key, error);
                     self.after_open(key);
                 } else if self.is_asked(key, u64::from(request))
@@ -387,9 +437,7 @@ impl Actor {
 
     /// Whether this peer was sent the question of this number on the present connection.
     fn is_asked(&self, peer: PeerKey, number: u64) -> bool {
-        self.questions.get(&number).is_some_and(|question| {
-            question.is_sent && self.volumes.get(&question.key).is_some_and(|volume| volume.peer == peer)
-        })
+        self.questions.get(&number).is_some_and(|question| question.is_sent && self.peer_of(question.to) == Some(peer))
     }
 
     fn after_open(&mut self, key: PeerKey) {
@@ -400,6 +448,8 @@ impl Actor {
     }
 
     fn opened(&mut self, key: VolumeKey, remote: Remote, handle: u32) {
+        let Some(volume) = self.volumes.get(&key) else { return };
+        self.hear(volume.peer, &volume.name, remote.epoch);
         let Some(volume) = self.volumes.get_mut(&key) else { return };
         let found = Expected { geometry: remote.geometry, generation: remote.generation };
         if let Some(expected) = volume.expected.filter(|expected| *expected != found) {
@@ -466,7 +516,7 @@ impl Actor {
         let mut open_pages: BTreeMap<PeerKey, usize> = BTreeMap::new();
         let mut unsent = Vec::new();
         for (number, question) in &self.questions {
-            let peer = self.volumes.get(&question.key).map(|volume| volume.peer);
+            let peer = self.peer_of(question.to);
             let is_of_pages = question.what.is_of_pages();
             match peer {
                 Some(peer) if question.is_sent => *open_pages.entry(peer).or_default() += usize::from(is_of_pages),
@@ -486,22 +536,36 @@ impl Actor {
     /// Returns whether it could be sent.
     fn send_question(&mut self, number: u64) -> bool {
         let Some(question) = self.questions.get_mut(&number) else { return false };
-        let Some(volume) = self.volumes.get(&question.key) else {
-            if let Some(question) = self.questions.remove(&number) {
-                question.what.fail(FetchError::Gone);
-            }
-            return false;
+        let (peer, handle) = match question.to {
+            To::Peer(peer, _) => (peer, None),
+            To::Volume(key) => match self.volumes.get(&key) {
+                Some(Volume { peer, handle: Some(handle), .. }) => (*peer, Some(*handle)),
+                Some(_) => return false,
+                None => {
+                    if let Some(question) = self.questions.remove(&number) {
+                        question.what.fail(FetchError::Gone);
+                    }
+                    return false;
+                }
+            },
         };
-        let (Some(handle), Some(peer)) = (volume.handle, self.peers.get_mut(&volume.peer)) else { return false };
+        let Some(peer) = self.peers.get_mut(&peer).filter(|peer| peer.link.is_some()) else { return false };
         // Opens and questions take their numbers from one counter: an answer fits one of them only.
         let (request, flight) = (self.next_request, self.next_request);
         self.next_request = self.next_request.wrapping_add(1);
+        let handle = handle.unwrap_or_default();
         let frame = match &question.what {
-            Ask::TakeOver(epoch, _) => {
-                Control::TakeOver { request, epoch: *epoch, take: false, volume: volume.name.clone() }
+            Ask::Owner(volume, asked, _) => {
+                let volume = volume.clone();
+                match *asked {
+                    handover::Question::TakeOver { epoch, take } => {
+                        Control::TakeOver { request, epoch: epoch.0, take, volume }
+                    }
+                    handover::Question::GiveBack { epoch } => Control::GiveBack { request, epoch: epoch.0, volume },
+                    handover::Question::Completed { epoch } => Control::Completed { request, epoch: epoch.0, volume },
+                    handover::Question::Reclaimed { epoch } => Control::Reclaimed { request, epoch: epoch.0, volume },
+                }
             }
-            Ask::Completed(epoch, _) => Control::Completed { request, epoch: *epoch, volume: volume.name.clone() },
-            Ask::GiveBack(epoch, _) => Control::GiveBack { request, epoch: *epoch, volume: volume.name.clone() },
             Ask::Page(page, _) => Control::Page { flight: ASK_FLIGHTS | u64::from(flight), handle, page: *page },
             Ask::Roots(first, count, _) => {
                 Control::Roots { flight: ASK_FLIGHTS | u64::from(flight), handle, first: *first, count: *count }
@@ -614,7 +678,9 @@ impl Actor {
 
     fn page_arrived(&mut self, flight: u64, page: crate::core::manifest::PageIndex, bytes: &[u8], frame: Frame) {
         let number = flight & !ASK_FLIGHTS;
-        let Some(Question { key, what: Ask::Page(wanted, _), .. }) = self.questions.get(&number) else { return };
+        let Some(Question { to: To::Volume(key), what: Ask::Page(wanted, _), .. }) = self.questions.get(&number) else {
+            return;
+        };
         let geometry = self.volumes.get(key).and_then(|volume| volume.expected).map(|expected| expected.geometry);
         let parsed = geometry.map(|geometry| Page::from_bytes(bytes, geometry.ids_in(page)));
         match parsed {
@@ -706,7 +772,8 @@ impl Actor {
                 let _ = waiting.reply.send(Err(FetchError::Gone));
             }
         }
-        let gone: Vec<u64> = self.questions.iter().filter(|(_, q)| q.key == key).map(|(number, _)| *number).collect();
+        let gone: Vec<u64> =
+            self.questions.iter().filter(|(_, q)| q.to == To::Volume(key)).map(|(number, _)| *number).collect();
         for number in gone {
             if let Some(question) = self.questions.remove(&number) {
                 question.what.fail(FetchError::Gone);
@@ -851,9 +918,7 @@ impl Ask {
 
     fn fail(self, error: FetchError) {
         match self {
-            Ask::TakeOver(_, reply) | Ask::Completed(_, reply) | Ask::GiveBack(_, reply) => {
-                drop(reply.send(Err(error)))
-            }
+            Ask::Owner(_, _, reply) => drop(reply.send(Err(error))),
             Ask::Page(_, reply) => drop(reply.send(Err(error))),
             Ask::Roots(_, _, reply) => drop(reply.send(Err(error))),
         }

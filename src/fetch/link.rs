@@ -10,9 +10,9 @@ use futures::stream::FuturesUnordered;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{self, WeakUnboundedSender};
 
-use super::{BULK_BUDGET_KIB, Budgeted, Command, PeerKey};
+use super::{BULK_BUDGET_KIB, Budgeted, Command, Greeting, PeerKey};
 use crate::core::frame::Frame;
-use crate::core::ids::{BlockId, Name, Nonce};
+use crate::core::ids::{BlockId, Name};
 use crate::core::manifest::PageIndex;
 use crate::core::wire::{Control, Data, Refusal, RootEntry, VERSIONS, WireError};
 use crate::seeded_bugs::{Bug, is_planted};
@@ -70,10 +70,16 @@ impl Arrived {
     }
 }
 
+/// What this site says of itself first.
+pub(super) struct Hello {
+    pub(super) site: Name,
+    pub(super) greeting: Arc<dyn Greeting>,
+}
+
 /// Follows a peer through its connections until the fetcher is gone.
 pub(super) fn follow(
     peer: PeerKey,
-    site: Name,
+    hello: Hello,
     mut links: mpsc::Receiver<NewLink>,
     workers: Workers,
     budget: Arc<Semaphore>,
@@ -84,7 +90,7 @@ pub(super) fn follow(
         while let Some(new) = links.recv().await {
             generation += 1;
             let link = Arc::clone(&new.link);
-            let why = match run(peer, generation, &site, new, &workers, &budget, &commands).await {
+            let why = match run(peer, generation, &hello, new, &workers, &budget, &commands).await {
                 Ok(()) => link.closed().await.to_string(),
                 Err(why) => why,
             };
@@ -98,26 +104,26 @@ pub(super) fn follow(
 async fn run(
     peer: PeerKey,
     generation: u64,
-    site: &Name,
+    hello: &Hello,
     new: NewLink,
     workers: &Workers,
     budget: &Arc<Semaphore>,
     commands: &WeakUnboundedSender<Command>,
 ) -> Result<(), String> {
     let NewLink { link, receivers: LinkReceivers { mut control, mut urgent, mut bulk } } = new;
-    let hello = Control::Hello {
-        min_version: *VERSIONS.start(),
-        max_version: *VERSIONS.end(),
-        site: site.clone(),
-        last: Nonce::NONE,
-        next: Nonce::NONE,
-    };
-    link.send_control(hello.encode()).await.map_err(|error| error.to_string())?;
-    let first = tokio::time::timeout(WELCOME_TIMEOUT, control.recv());
-    match first.await.map_err(|_| "the peer accepted the connection and then said nothing for 10 seconds")? {
+    let (last, next) = hello.greeting.offer()?;
+    let (min_version, max_version) = (*VERSIONS.start(), *VERSIONS.end());
+    let first = Control::Hello { min_version, max_version, site: hello.site.clone(), last, next };
+    link.send_control(first.encode()).await.map_err(|error| error.to_string())?;
+    let answer = tokio::time::timeout(WELCOME_TIMEOUT, control.recv());
+    match answer.await.map_err(|_| "the peer accepted the connection and then said nothing for 10 seconds")? {
         Some(frame) => match Control::decode(frame).map_err(|error| error.to_string())? {
-            Control::Welcome { version, .. } if VERSIONS.contains(&version) => {}
+            Control::Welcome { version, .. } if VERSIONS.contains(&version) => hello.greeting.accepted(),
             Control::Welcome { version, .. } => return Err(format!("the peer chose protocol version {version}")),
+            Control::Unwelcome { refusal: Refusal::Clone, why } => {
+                hello.greeting.turned_away(&why);
+                return Err(why);
+            }
             Control::Unwelcome { why, .. } => return Err(why),
             _ => return Err("the peer's first frame was no Welcome".into()),
         },

@@ -17,10 +17,11 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::core::frame::Frame;
-use crate::core::ids::{BlockId, BlockIndex, Class, Name};
+use crate::core::ids::{BlockId, BlockIndex, Class, Name, Nonce};
 use crate::core::manifest::{Geometry, Page, PageId, PageIndex};
 use crate::core::scheduler::{Limits, Place, WaiterId, WantBlock};
 use crate::core::wire::{Refusal, RootEntry};
+use crate::handover::Question;
 use crate::store::Store;
 use crate::transport::NewLink;
 use crate::workers::Workers;
@@ -84,6 +85,19 @@ pub enum FetchError {
         /// What does not fit.
         why: String,
     },
+    /// A source announced a page of a manifest anew, and otherwise than before.
+    #[error(
+        "the source contradicts itself: page {page} of the manifest was announced as {announced}, and {told} came; its image was changed: \
+         put back what it was, or cancel the relocation"
+    )]
+    Contradiction {
+        /// Which page.
+        page: u64,
+        /// Its id as it was announced first, in hex.
+        announced: String,
+        /// What came later.
+        told: String,
+    },
     /// The volume was given up, or the site is shutting down.
     #[error("the volume was given up while the block was on its way")]
     Gone,
@@ -103,6 +117,43 @@ pub struct Remote {
     pub generation: u64,
     /// The epoch at which the source owns it, or has released it to us.
     pub epoch: u64,
+    /// Whether its guests may only read it.
+    pub is_read_only: bool,
+}
+
+/// What a peer says of a volume's epoch without having been asked for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Heard {
+    /// Who.
+    pub peer: PeerKey,
+    /// Of which volume.
+    pub volume: Name,
+    /// Which epoch holds there.
+    pub epoch: u64,
+}
+
+/// Which instance of this site a peer is told that it talks to. Calls may wait for the disk.
+pub trait Greeting: Send + Sync + 'static {
+    /// What the peer last accepted, and what it is told now.
+    fn offer(&self) -> Result<(Nonce, Nonce), String>;
+    /// The peer took note.
+    fn accepted(&self);
+    /// The peer says that another instance was there since.
+    fn turned_away(&self, why: &str);
+}
+
+/// A greeting without a memory: for tests, and for whoever asks for nothing but blocks.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stranger;
+
+impl Greeting for Stranger {
+    fn offer(&self) -> Result<(Nonce, Nonce), String> {
+        Ok(Default::default())
+    }
+
+    fn accepted(&self) {}
+
+    fn turned_away(&self, _: &str) {}
 }
 
 /// What must still hold when a volume is opened again after a lost link or a restart.
@@ -180,6 +231,9 @@ enum Command {
     Arrived { peer: PeerKey, generation: u64, message: link::Arrived },
     Open { key: VolumeKey, peer: PeerKey, name: Name, expected: Option<Expected>, reply: Option<Reply<Remote>> },
     Ask { key: VolumeKey, what: Ask },
+    AskPeer { number: u64, peer: PeerKey, what: Ask },
+    Withdraw { number: u64 },
+    Listen { heard: mpsc::UnboundedSender<Heard> },
     Want { want: WantBlock, reply: Reply<Block> },
     Cancel { waiter: WaiterId },
     LookedUp { flight: crate::core::scheduler::FlightId, hit: Option<Bytes>, budget: Budgeted },
@@ -193,11 +247,10 @@ enum Command {
 
 type Reply<T> = oneshot::Sender<Result<T, FetchError>>;
 
-/// A question about a volume; asked again on every new connection until it is answered.
+/// A question; asked again on every new connection until it is answered.
 enum Ask {
-    TakeOver(u64, Reply<u64>),
-    Completed(u64, Reply<u64>),
-    GiveBack(u64, Reply<u64>),
+    /// Who owns a volume, or is to.
+    Owner(Name, Question, Reply<u64>),
     Page(PageIndex, Reply<(Page, Frame)>),
     Roots(PageIndex, u32, Reply<Vec<RootEntry>>),
 }
@@ -232,10 +285,19 @@ impl Fetch {
     }
 
     /// A peer whose connections come out of `links`, each replacing the one before.
-    pub fn add_peer(&self, peer: PeerKey, name: Name, site: Name, links: mpsc::Receiver<NewLink>, workers: Workers) {
+    pub fn add_peer(
+        &self,
+        peer: PeerKey,
+        name: Name,
+        site: Name,
+        links: mpsc::Receiver<NewLink>,
+        workers: Workers,
+        greeting: Arc<dyn Greeting>,
+    ) {
         self.send(Command::AddPeer { peer, name });
         let budget = Arc::clone(&self.inner.budget);
-        link::follow(peer, site, links, workers, budget, self.inner.commands.downgrade());
+        let hello = link::Hello { site, greeting };
+        link::follow(peer, hello, links, workers, budget, self.inner.commands.downgrade());
     }
 
     /// Something kept a connection from coming about: shown as the peer's last error.
@@ -261,19 +323,25 @@ impl Fetch {
         opened
     }
 
-    /// Becomes the owner at `epoch`; the answer is the epoch that holds.
-    pub async fn take_over(&self, key: VolumeKey, epoch: u64) -> Result<u64, FetchError> {
-        self.request(|reply| Command::Ask { key, what: Ask::TakeOver(epoch, reply) }).await
+    /// Asks a peer who owns a volume, or is to, now or as soon as it can be reached; the answer is the epoch that holds there. Dropping
+    /// it withdraws the question, as far as it is not on its way.
+    pub async fn ask(&self, peer: PeerKey, volume: Name, question: Question) -> Result<u64, FetchError> {
+        let number = self.inner.next_waiter.fetch_add(1, Ordering::Relaxed);
+        let withdraw = WithdrawOnDrop { fetch: self, number };
+        let asked = self.request(|reply| {
+            let what = Ask::Owner(volume, question, reply);
+            Command::AskPeer { number, peer, what }
+        });
+        let answer = asked.await;
+        std::mem::forget(withdraw);
+        answer
     }
 
-    /// Tells the source that it may release the volume.
-    pub async fn completed(&self, key: VolumeKey, epoch: u64) -> Result<u64, FetchError> {
-        self.request(|reply| Command::Ask { key, what: Ask::Completed(epoch, reply) }).await
-    }
-
-    /// Gives ownership back.
-    pub async fn give_back(&self, key: VolumeKey, epoch: u64) -> Result<u64, FetchError> {
-        self.request(|reply| Command::Ask { key, what: Ask::GiveBack(epoch, reply) }).await
+    /// What peers say of their volumes' epochs when they open them, or refuse to. Whoever asked last hears it.
+    pub fn listen(&self) -> mpsc::UnboundedReceiver<Heard> {
+        let (heard, hears) = mpsc::unbounded_channel();
+        self.send(Command::Listen { heard });
+        hears
     }
 
     /// What the source knows of its manifest's pages.
@@ -375,6 +443,17 @@ impl Drop for Wanted {
         if let Some((commands, waiter)) = self.cancel.take() {
             let _ = commands.send(Command::Cancel { waiter });
         }
+    }
+}
+
+struct WithdrawOnDrop<'a> {
+    fetch: &'a Fetch,
+    number: u64,
+}
+
+impl Drop for WithdrawOnDrop<'_> {
+    fn drop(&mut self) {
+        self.fetch.send(Command::Withdraw { number: self.number });
     }
 }
 

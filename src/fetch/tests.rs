@@ -75,9 +75,9 @@ async fn fetch_from_a_liar(block: Bytes) -> (Fetch, VolumeKey, Arc<Slow>) {
     let workers = Workers::start("test", 1, 1).expect("threads");
     // The first of the peers has nothing to do with it, and no connection.
     let (_, no_links) = mpsc::channel(1);
-    fetch.add_peer(PeerKey(0), name("innocent"), name("b"), no_links, workers.clone());
+    fetch.add_peer(PeerKey(0), name("innocent"), name("b"), no_links, workers.clone(), Arc::new(Stranger));
     let (links, new_links) = mpsc::channel(1);
-    fetch.add_peer(PeerKey(1), name("liar"), name("b"), new_links, workers);
+    fetch.add_peer(PeerKey(1), name("liar"), name("b"), new_links, workers, Arc::new(Stranger));
     let (here, there) = memory::pair(name("b"), name("liar"));
     tokio::spawn(answer_with(there, block));
     assert!(links.send(here).await.is_ok(), "the fetcher follows");

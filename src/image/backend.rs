@@ -1,11 +1,11 @@
 //! What lies under an image: a file of the kernel's, or something else that behaves like one ([`Backend`]).
 //! Must not know what is stored.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
 use super::{Image, Stamp};
@@ -69,10 +69,15 @@ impl Medium {
         }
     }
 
-    /// Gives a new file its size, durably.
-    pub(super) fn make(&self, size_bytes: u64) -> io::Result<()> {
+    /// Gives a file its size, durably; one that `is_new` is its owner's alone, whatever the umask.
+    pub(super) fn make(&self, size_bytes: u64, is_new: bool) -> io::Result<()> {
         match self {
-            Medium::File(file) => file.set_len(size_bytes).and_then(|()| file.sync_all()),
+            Medium::File(file) => {
+                if is_new {
+                    file.set_permissions(Permissions::from_mode(0o600))?;
+                }
+                file.set_len(size_bytes).and_then(|()| file.sync_all())
+            }
             Medium::Other(_) => Ok(()),
         }
     }
@@ -86,7 +91,6 @@ impl Medium {
 impl Image {
     /// An image of `size_bytes` over something that is no file. `path` is only a name.
     pub fn over(backend: Box<dyn Backend>, path: &Path, size_bytes: u64, is_writable: bool) -> Image {
-        let path = path.to_owned();
-        Image { file: Medium::Other(backend), path, size_bytes, is_block_device: false, is_writable }
+        Image::new(Medium::Other(backend), path, size_bytes, false, is_writable)
     }
 }

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::mark::WhyNot;
+
 /// Why an image could not be opened, read or written. Every message names the path and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -49,7 +51,7 @@ pub enum ImageError {
         path: PathBuf,
     },
     /// Somebody else has it open under a lock.
-    #[error("image {path}: is in use by another process ({holder}); stop that first")]
+    #[error("image {path}: is in use ({holder}); stop that first")]
     InUse {
         /// The image.
         path: PathBuf,
@@ -65,6 +67,43 @@ pub enum ImageError {
         have_bytes: u64,
         /// What is needed.
         need_bytes: u64,
+    },
+    /// A block device that holds something.
+    #[error("image {path}: holds {what}; name another device, or give --overwrite if nobody needs that any more")]
+    Signature {
+        /// The device.
+        path: PathBuf,
+        /// What was found on it.
+        what: &'static str,
+    },
+    /// A symbolic link where a file is to be made.
+    #[error(
+        "image {path}: is a symbolic link, which may lead anywhere by the time the file is removed; name the file itself with --image"
+    )]
+    IsLink {
+        /// The link.
+        path: PathBuf,
+    },
+    /// Another image than the one that this site had under the path.
+    #[error(
+        "image {path}: {why}; put the right image back, or run `volume remove` and `volume add` if this one is meant"
+    )]
+    NotTheSame {
+        /// The image.
+        path: PathBuf,
+        /// What differs.
+        why: WhyNot,
+    },
+    /// The file system cannot lock.
+    #[error(
+        "image {path}: cannot be locked: {source}; its file system has no locks, which keep a second writer away: \
+         put it on one that has (for NFS: mount it with locks, and run lockd)"
+    )]
+    NoLocks {
+        /// The image.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
     },
     /// I/O on an opened image failed.
     #[error("image {path}: {doing} at byte {offset} failed: {source}")]

@@ -2,8 +2,13 @@
 //! Must not know peers, volumes or residency.
 
 mod backend;
+mod claim;
 mod error;
+mod identity;
+mod mark;
 mod open;
+mod signature;
+mod unlink;
 
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -18,7 +23,13 @@ use serde::{Deserialize, Serialize};
 
 pub use backend::Backend;
 use backend::Medium;
+use claim::Claim;
 pub use error::ImageError;
+pub use identity::{Identity, Sameness};
+pub use mark::{Mark, Noted, Verdict, WhyNot, judge};
+pub use open::Overwrite;
+use unlink::Place;
+pub use unlink::Unlinked;
 
 use crate::pipe::Pipe;
 
@@ -30,6 +41,11 @@ pub struct Image {
     size_bytes: u64,
     is_block_device: bool,
     is_writable: bool,
+    read_only_why: Option<String>,
+    /// Where it was made, if it was.
+    made_at: Option<Place>,
+    /// The last: the file is closed before it is free for others.
+    _claim: Option<Claim>,
 }
 
 /// What tells whether a file is still the one that was hashed: any write through the kernel changes one of these.
@@ -61,7 +77,12 @@ const SYS_CACHESTAT: nix::libc::c_long = 451;
 const RWF_DONTCACHE: i32 = 0x80;
 
 impl Image {
-    /// Size in bytes, as it was when the image was opened.
+    fn new(file: Medium, path: &Path, size_bytes: u64, is_block_device: bool, is_writable: bool) -> Image {
+        let (path, read_only_why) = (path.to_owned(), None);
+        Image { file, path, size_bytes, is_block_device, is_writable, read_only_why, made_at: None, _claim: None }
+    }
+
+    /// Size in bytes, as it was when the image was opened; of what is larger, the part that is the volume's ([`Image::open_known`]).
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes
     }
@@ -74,6 +95,16 @@ impl Image {
     /// Whether it was opened for writing.
     pub fn is_writable(&self) -> bool {
         self.is_writable
+    }
+
+    /// Why it is not writable, where that was tried ([`Image::open_best`]).
+    pub fn read_only_why(&self) -> Option<&str> {
+        self.read_only_why.as_deref()
+    }
+
+    /// Whether [`Image::create`] made the file: one that lay there before is not ours to remove.
+    pub fn was_made(&self) -> bool {
+        self.made_at.is_some()
     }
 
     /// Whether this is a block device: it has no holes and no trustworthy mtime.
@@ -188,6 +219,9 @@ impl Image {
 
     /// As [`Image::write_zeroes`], but only where that takes no writing; false, and nothing done, where it would.
     pub fn write_zeroes_fast(&self, offset: u64, len_bytes: u64, may_punch: bool) -> Result<bool, ImageError> {
+        // What lies behind the volume's end is not the volume's.
+        let end = (offset.saturating_add(len_bytes)).min(self.size_bytes);
+        let len_bytes = end.saturating_sub(offset);
         if len_bytes == 0 {
             return Ok(true);
         }
@@ -217,9 +251,9 @@ impl Image {
             return Ok(());
         }
         let zeros = vec![0u8; len_bytes.min(1 << 20) as usize];
-        let mut at = offset;
-        while at < offset + len_bytes {
-            let step = (offset + len_bytes - at).min(zeros.len() as u64);
+        let (mut at, end) = (offset, offset.saturating_add(len_bytes).min(self.size_bytes));
+        while at < end {
+            let step = (end - at).min(zeros.len() as u64);
             self.write_at(at, &zeros[..step as usize])?;
             at += step;
         }
@@ -254,7 +288,11 @@ impl Image {
         }
         let file = match self.file.file() {
             Ok(file) => file,
-            Err(other) => return other.next_data(from).map_err(|error| self.io("looking for data in", from, error)),
+            Err(other) => {
+                let data = other.next_data(from).map_err(|error| self.io("looking for data in", from, error))?;
+                let data = data.map(|data| data.start..data.end.min(self.size_bytes));
+                return Ok(data.filter(|data| data.start < data.end));
+            }
         };
         let start = match lseek(file.as_fd(), from as i64, Whence::SeekData) {
             Ok(start) => start as u64,
@@ -295,6 +333,18 @@ impl Image {
         }))
     }
 
+    /// How much was written to a block device since the machine's start, by whomever and in units of the kernel's: moves with any write that
+    /// has reached it. None where that cannot be told, and for files, which have a [`Stamp`].
+    pub fn device_writes(&self) -> Option<u64> {
+        let file = self.file.file().ok().filter(|_| self.is_block_device)?;
+        let number = file.metadata().ok()?.rdev();
+        let (major, minor) = (nix::libc::major(number), nix::libc::minor(number));
+        let stat = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")).ok()?;
+        // From the kernel's Documentation/block/stat.rst, counted from 0: sectors written, and discarded.
+        let fields: Vec<u64> = stat.split_whitespace().map_while(|field| field.parse().ok()).collect();
+        Some(fields.get(6)?.wrapping_add(fields.get(13).copied().unwrap_or(0)))
+    }
+
     /// How many bytes of the file are allocated; the size for a block device.
     pub fn allocated_bytes(&self) -> Result<u64, ImageError> {
         if self.is_block_device {
@@ -306,6 +356,27 @@ impl Image {
         };
         let meta = file.metadata().map_err(|error| self.io("examining", 0, error))?;
         Ok(meta.blocks() * 512)
+    }
+
+    /// [`ImageError::Shorter`] if it has become shorter than it was when it was opened.
+    pub fn check_size(&self) -> Result<(), ImageError> {
+        let (offset, announced_bytes) = (self.medium_bytes()?, self.size_bytes);
+        match offset < announced_bytes {
+            true => Err(ImageError::Shorter { path: self.path.clone(), offset, announced_bytes }),
+            false => Ok(()),
+        }
+    }
+
+    /// How large the file or device is by now.
+    pub(in crate::image) fn medium_bytes(&self) -> Result<u64, ImageError> {
+        match self.file.file() {
+            // Seeking to the end gives the size of a file and of a block device alike; I/O is positioned, so nobody minds.
+            Ok(file) => match lseek(file.as_fd(), 0, Whence::SeekEnd) {
+                Ok(end) => Ok(end as u64),
+                Err(errno) => Err(self.io("examining", 0, errno.into())),
+            },
+            Err(_) => Ok(self.size_bytes),
+        }
     }
 
     /// The descriptor, for drivers that submit I/O by other means; -1 if there is none ([`Image::over`]).

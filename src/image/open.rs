@@ -3,84 +3,131 @@
 use std::fs::{File, FileType, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::RawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::backend::Medium;
-use super::{Image, ImageError};
+use super::claim::Claim;
+use super::unlink::Place;
+use super::{Image, ImageError, signature};
+
+/// Whether a device's content may be lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overwrite {
+    /// Only a device that looks blank is taken.
+    OnlyBlank,
+    /// A person said so.
+    Anything,
+}
 
 impl Image {
-    /// Opens an image that nobody will write through this handle.
+    /// Opens an image that nobody will write through this handle. Whoever uses it may go on doing so.
     pub fn open_read(path: &Path) -> Result<Image, ImageError> {
         let file = open(path, OpenOptions::new().read(true), "reading")?;
         Image::examine(file, path, false)
     }
 
     /// Opens an image for reading and writing and takes an advisory lock (flock) that keeps other blockferry daemons
-    /// away. An image that QEMU has open is refused, too.
+    /// away. An image that QEMU has open is refused, too, and so is a block device that the kernel uses.
     pub fn open_write(path: &Path) -> Result<Image, ImageError> {
-        let file = open(path, OpenOptions::new().read(true).write(true), "writing")?;
-        let image = Image::examine(file, path, true)?;
-        image.lock()?;
-        Ok(image)
+        let file = open(path, OpenOptions::new().read(true).write(true).custom_flags(exclusive(path)), "writing")?;
+        Image::examine(file, path, true)?.lock()
     }
 
-    /// Makes the sparse file that a relocation fills. A regular file that exists is refused, unless it holds nothing and is empty or of
-    /// this very size: a crash leaves such a one behind between this call and the note of what it is for. A block
-    /// device is taken when it is large enough and not in use.
-    pub fn create(path: &Path, size_bytes: u64) -> Result<Image, ImageError> {
+    /// For writing where that is allowed, for reading otherwise, and then with the reason ([`Image::read_only_why`]): a template on a
+    /// read-only disk can be a source, too.
+    pub fn open_best(path: &Path) -> Result<Image, ImageError> {
+        let why = match Image::open_write(path) {
+            Err(ImageError::Unreadable { source, .. })
+                if matches!(source.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem) =>
+            {
+                source
+            }
+            opened => return opened,
+        };
+        // Somebody's writes to a device would show in what is served, so it has to be free for reading as well.
+        let file = open(path, OpenOptions::new().read(true).custom_flags(exclusive(path)), "reading")?;
+        let image = Image::examine(file, path, false)?;
+        Ok(Image { read_only_why: Some(format!("it cannot be opened for writing: {why}")), ..image })
+    }
+
+    /// As [`Image::open_best`], for a volume of `size_bytes`: what is larger is clipped to that, what is smaller refused.
+    pub fn open_known(path: &Path, size_bytes: u64) -> Result<Image, ImageError> {
+        Image::open_best(path)?.clipped(size_bytes)
+    }
+
+    /// The first `size_bytes` of it: what lies behind them is neither read nor written.
+    pub fn clipped(self, size_bytes: u64) -> Result<Image, ImageError> {
+        if self.size_bytes < size_bytes {
+            return Err(ImageError::TooSmall { path: self.path, have_bytes: self.size_bytes, need_bytes: size_bytes });
+        }
+        Ok(Image { size_bytes, ..self })
+    }
+
+    /// Makes the sparse file that a relocation fills, readable by its owner alone. A regular file that exists is refused, unless it holds
+    /// nothing and is empty or of this very size: a crash leaves such a one behind between this call and the note of what it is for.
+    /// A block device is taken when it is large enough, not in use, and blank (or `overwrite` says that it need not be).
+    pub fn create(path: &Path, size_bytes: u64, overwrite: Overwrite) -> Result<Image, ImageError> {
+        let exists = || ImageError::Exists { path: path.to_owned() };
+        let is_link = || ImageError::IsLink { path: path.to_owned() };
         match std::fs::metadata(path).map(|meta| meta.file_type()) {
-            Ok(kind) if kind.is_block_device() => return Image::take_device(path, size_bytes),
-            Ok(kind) if !kind.is_file() => return Err(ImageError::Exists { path: path.to_owned() }),
+            Ok(kind) if kind.is_block_device() => return Image::take_device(path, size_bytes, overwrite),
+            Ok(kind) if !kind.is_file() => return Err(exists()),
             _ => {}
         }
-        let exists = || ImageError::Exists { path: path.to_owned() };
-        let mut options = OpenOptions::new().read(true).write(true).to_owned();
+        if std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_symlink()) {
+            return Err(is_link());
+        }
+        let mut options = OpenOptions::new().read(true).write(true).mode(0o600).to_owned();
+        options.custom_flags(nix::libc::O_NOFOLLOW);
         let (file, is_new) = match open(path, options.create_new(true), "writing") {
             Err(ImageError::Unreadable { source, .. }) if source.kind() == io::ErrorKind::AlreadyExists => {
-                (open(path, options.create_new(false), "writing").map_err(|_| exists())?, false)
+                match open(path, options.create_new(false), "writing") {
+                    Err(ImageError::Unreadable { source, .. }) if source.raw_os_error() == Some(nix::libc::ELOOP) => {
+                        return Err(is_link());
+                    }
+                    opened => (opened.map_err(|_| exists())?, false),
+                }
             }
             made => (made?, true),
         };
-        let len_bytes = file.metadata().map(|meta| meta.len()).unwrap_or(u64::MAX);
-        let file = Medium::File(file);
-        let image = Image { file, path: path.to_owned(), size_bytes, is_block_device: false, is_writable: true };
-        image.lock()?;
-        let holds_nothing = len_bytes == 0 || len_bytes == size_bytes && image.next_data(0)?.is_none();
-        if !is_new && !holds_nothing {
-            return Err(exists());
-        }
-        let made = image.file.make(size_bytes).and_then(|()| {
-            // The name has to survive a power loss as well as the content does.
-            match path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-                Some(folder) => File::open(folder)?.sync_all(),
-                None => File::open(".")?.sync_all(),
+        let failed = |source| ImageError::Io { doing: "creating", path: path.to_owned(), offset: size_bytes, source };
+        let mut image = Image::new(Medium::File(file), path, size_bytes, false, true);
+        let place = Place::of(path).map_err(failed)?;
+        if is_new {
+            image.made_at = Some(place);
+        } else {
+            let len_bytes = image.medium_bytes()?;
+            if len_bytes != 0 && (len_bytes != size_bytes || image.next_data(0)?.is_some()) {
+                // Somebody who uses it is named rather than that it exists.
+                image.lock()?;
+                return Err(exists());
             }
+        }
+        let image = image.lock()?;
+        let made = image.file.make(size_bytes, is_new).and_then(|()| match &image.made_at {
+            Some(place) => place.sync(),
+            None => Place::of(path)?.sync(),
         });
         if let Err(source) = made {
-            if is_new {
-                let _ = std::fs::remove_file(path);
-            }
-            return Err(ImageError::Io { doing: "creating", path: path.to_owned(), offset: size_bytes, source });
+            let _ = image.unlink_if_ours();
+            return Err(failed(source));
         }
         Ok(image)
     }
 
-    fn take_device(path: &Path, size_bytes: u64) -> Result<Image, ImageError> {
-        // O_EXCL without O_CREAT on a block device: "in use" (mounted, part of an array) gives EBUSY.
-        let options = OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_EXCL).to_owned();
-        let image = Image::examine(open(path, &options, "writing")?, path, true)?;
-        if image.size_bytes < size_bytes {
-            return Err(ImageError::TooSmall {
-                path: path.to_owned(),
-                have_bytes: image.size_bytes,
-                need_bytes: size_bytes,
-            });
+    fn take_device(path: &Path, size_bytes: u64, overwrite: Overwrite) -> Result<Image, ImageError> {
+        let image = Image::open_write(path)?;
+        if overwrite == Overwrite::OnlyBlank {
+            let Ok(file) = image.file.file() else { return image.clipped(size_bytes) };
+            let found = signature::find(image.size_bytes, |offset, buf| file.read_exact_at(buf, offset));
+            if let Some(what) = found.map_err(|error| image.io("reading", 0, error))? {
+                return Err(ImageError::Signature { path: path.to_owned(), what });
+            }
         }
-        image.lock()?;
-        Ok(Image { size_bytes, ..image })
+        image.clipped(size_bytes)
     }
 
     fn examine(mut file: File, path: &Path, is_writable: bool) -> Result<Image, ImageError> {
@@ -95,29 +142,47 @@ impl Image {
         }
         if kind.is_file() {
             let mut magic = [0u8; 4];
-            use std::os::unix::fs::FileExt;
             if file.read_exact_at(&mut magic, 0).is_ok() && (magic == *b"QFI\xfb" || magic == *b"KDMV") {
                 return Err(not_an_image("is a qcow2 or vmdk container, not a raw image (qemu-img convert makes one)"));
             }
         }
-        let file = Medium::File(file);
-        Ok(Image { file, path: path.to_owned(), size_bytes, is_block_device: kind.is_block_device(), is_writable })
+        Ok(Image::new(Medium::File(file), path, size_bytes, kind.is_block_device(), is_writable))
     }
 
-    /// flock against other daemons; the locks of QEMU (open file description locks) are looked at, not taken, so that
-    /// `qemu-img` may still read what we serve.
-    fn lock(&self) -> Result<(), ImageError> {
-        let in_use = |holder: String| ImageError::InUse { path: self.path.clone(), holder };
+    /// Claims it against this process, flock against other daemons; the locks of QEMU (open file description locks) are looked at,
+    /// not taken, so that `qemu-img` may still read what we serve.
+    fn lock(mut self) -> Result<Image, ImageError> {
+        let in_use = |holder: &str| ImageError::InUse { path: self.path.clone(), holder: holder.to_owned() };
+        if let Ok(file) = self.file.file() {
+            let meta = file.metadata().map_err(|error| self.io("examining", 0, error))?;
+            // A lock belongs to a device node, and a device may have several.
+            let claim = Claim::take(&meta);
+            self._claim = Some(claim.ok_or_else(|| in_use("this daemon serves it, perhaps under another name"))?);
+        }
+        let fd = self.file.as_raw_fd();
         // SAFETY: flock only reads the descriptor, which `self.file` keeps open during the call.
-        let locked = unsafe { nix::libc::flock(self.file.as_raw_fd(), nix::libc::LOCK_EX | nix::libc::LOCK_NB) };
+        let locked = unsafe { nix::libc::flock(fd, nix::libc::LOCK_EX | nix::libc::LOCK_NB) };
         if locked != 0 {
-            return Err(in_use("it holds a lock on the file".into()));
+            let source = io::Error::last_os_error();
+            return Err(match source.raw_os_error() {
+                Some(nix::libc::EWOULDBLOCK) => in_use("another process holds a lock on the file"),
+                _ => ImageError::NoLocks { path: self.path.clone(), source },
+            });
         }
-        match foreign_lock(self.file.as_raw_fd()) {
-            Some(pid) if pid > 0 => Err(in_use(format!("process {pid}"))),
-            Some(_) => Err(in_use("it holds a lock on the file, as QEMU does".into())),
-            None => Ok(()),
+        match foreign_lock(fd) {
+            Some(pid) if pid > 0 => Err(in_use(&format!("process {pid}"))),
+            Some(_) => Err(in_use("another process holds a lock on the file, as QEMU does")),
+            None => Ok(self),
         }
+    }
+}
+
+/// What keeps the kernel's other uses away from a block device, as mkfs and mount do: without O_CREAT it means nothing else, and nothing for
+/// files.
+fn exclusive(path: &Path) -> i32 {
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.file_type().is_block_device() => nix::libc::O_EXCL,
+        _ => 0,
     }
 }
 

@@ -66,7 +66,7 @@ fn what_is_no_image_is_refused_with_its_reason() {
     let qcow2 = dir.path().join("q");
     fs::write(&qcow2, b"QFI\xfb0000").expect("writes");
     assert!(Image::open_read(&qcow2).expect_err("qcow2").to_string().contains("raw"));
-    let nowhere = Image::create(&dir.path().join("no/such/x"), 4096).expect_err("no folder");
+    let nowhere = Image::create(&dir.path().join("no/such/x"), 4096, Overwrite::OnlyBlank).expect_err("no folder");
     assert!(nowhere.to_string().contains("folder"), "{nowhere}");
     if !nix::unistd::geteuid().is_root() {
         let secret = sparse(&dir, "secret", 4096);
@@ -79,14 +79,14 @@ fn what_is_no_image_is_refused_with_its_reason() {
 fn a_destination_is_never_overwritten_nor_shared() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().join("new");
-    let image = Image::create(&path, (1 << 20) + 512).expect("creates");
+    let image = Image::create(&path, (1 << 20) + 512, Overwrite::OnlyBlank).expect("creates");
     assert_eq!(fs::metadata(&path).expect("there").len(), (1 << 20) + 512);
     assert_eq!(image.allocated_bytes().expect("asks"), 0);
-    let in_use = Image::create(&path, 1 << 20).expect_err("in use");
+    let in_use = Image::create(&path, 1 << 20, Overwrite::OnlyBlank).expect_err("in use");
     assert!(matches!(in_use, ImageError::InUse { .. }), "{in_use}");
     assert!(matches!(Image::open_write(&path), Err(ImageError::InUse { .. })));
     drop(image);
-    let exists = Image::create(&path, 1 << 20).expect_err("exists");
+    let exists = Image::create(&path, 1 << 20, Overwrite::OnlyBlank).expect_err("exists");
     assert!(matches!(exists, ImageError::Exists { .. }), "{exists}");
     Image::open_write(&path).expect("opens once it is free");
 }
@@ -97,13 +97,13 @@ fn a_destination_that_a_crash_left_empty_is_taken() {
     let path = dir.path().join("new");
     for left_bytes in [0, 1 << 20] {
         File::create(&path).and_then(|file| file.set_len(left_bytes)).expect("made");
-        let image = Image::create(&path, 1 << 20).expect("takes what holds nothing");
+        let image = Image::create(&path, 1 << 20, Overwrite::OnlyBlank).expect("takes what holds nothing");
         assert_eq!((image.size_bytes(), fs::metadata(&path).expect("there").len()), (1 << 20, 1 << 20));
-        assert!(matches!(Image::create(&path, 1 << 20), Err(ImageError::InUse { .. })));
+        assert!(matches!(Image::create(&path, 1 << 20, Overwrite::OnlyBlank), Err(ImageError::InUse { .. })));
     }
     // Something is in it, be it a zero.
     Image::open_write(&path).and_then(|image| image.write_at(70_000, &[0])).expect("writes");
-    let exists = Image::create(&path, 1 << 20).expect_err("exists");
+    let exists = Image::create(&path, 1 << 20, Overwrite::OnlyBlank).expect_err("exists");
     assert!(matches!(exists, ImageError::Exists { .. }), "{exists}");
     assert_eq!(fs::metadata(&path).expect("still there").len(), 1 << 20);
 }
@@ -116,4 +116,161 @@ fn the_stamp_moves_with_a_write() {
     let before = image.stamp().expect("asks");
     File::options().write(true).open(&path).and_then(|f| f.set_len(2 << 20)).expect("grows");
     assert_ne!(before, image.stamp().expect("asks"));
+}
+
+#[test]
+fn what_was_made_is_private_and_only_what_was_made_is_removed() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("new");
+    let image = Image::create(&path, 1 << 20, Overwrite::OnlyBlank).expect("creates");
+    assert_eq!(fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
+    assert!(image.was_made());
+    // Somebody else's file has its name.
+    fs::rename(&path, dir.path().join("moved")).expect("renames");
+    assert_eq!(image.unlink_if_ours().expect("looks"), Unlinked::NotThere);
+    fs::write(&path, "precious").expect("writes");
+    assert_eq!(image.unlink_if_ours().expect("looks"), Unlinked::Another);
+    let known = image.identity().expect("an identity");
+    assert_eq!(Image::unlink_known(&path, &known).expect("looks"), Unlinked::Another);
+    fs::remove_file(&path).expect("removes");
+    std::os::unix::fs::symlink(dir.path().join("moved"), &path).expect("links");
+    assert_eq!(image.unlink_if_ours().expect("looks"), Unlinked::Another, "a link is not what it leads to");
+    assert_eq!(Image::unlink_known(&path, &known).expect("looks"), Unlinked::Another);
+    assert_eq!(Image::unlink_known(&dir.path().join("moved"), &known).expect("removes"), Unlinked::Done);
+
+    // Its folder is called otherwise by now.
+    let (folder, other) = (dir.path().join("d1"), dir.path().join("d2"));
+    fs::create_dir(&folder).expect("makes");
+    let image = Image::create(&folder.join("x"), 1 << 20, Overwrite::OnlyBlank).expect("creates");
+    fs::rename(&folder, &other).expect("renames");
+    fs::create_dir(&folder).expect("makes");
+    fs::write(folder.join("x"), "precious").expect("writes");
+    assert_eq!(image.unlink_if_ours().expect("removes"), Unlinked::Done);
+    assert!(folder.join("x").exists() && !other.join("x").exists());
+
+    // A blank file that was there before.
+    let path = sparse(&dir, "blank", 0);
+    let image = Image::create(&path, 1 << 20, Overwrite::OnlyBlank).expect("takes it");
+    assert!(!image.was_made());
+    assert_eq!(image.unlink_if_ours().expect("looks"), Unlinked::NotMade);
+    assert!(path.exists());
+}
+
+#[test]
+fn no_file_is_made_through_a_link() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (link, target) = (dir.path().join("link"), dir.path().join("target"));
+    std::os::unix::fs::symlink(&target, &link).expect("links");
+    for is_dangling in [true, false] {
+        let refused = Image::create(&link, 1 << 20, Overwrite::OnlyBlank).expect_err("a link");
+        assert!(matches!(refused, ImageError::IsLink { .. }), "{refused}");
+        assert_eq!(target.exists(), !is_dangling);
+        sparse(&dir, "target", 0);
+    }
+}
+
+#[test]
+fn what_is_larger_than_the_volume_is_clipped_to_it() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("a");
+    fs::write(&path, vec![7; 1 << 20]).expect("writes");
+    let size = (1 << 19) + 512;
+    let image = Image::open_known(&path, size).expect("opens");
+    assert_eq!(image.size_bytes(), size);
+    assert_eq!(image.next_data(4096).expect("asks"), Some(4096..size));
+    assert_eq!(image.next_data(size).expect("asks"), None);
+    image.write_zeroes(size - 512, 4096, true).expect("zeroes");
+    image.write_zeroes(size, 4096, true).expect("has nothing to zero");
+    let bytes = fs::read(&path).expect("reads");
+    assert_eq!(bytes[size as usize - 512..size as usize], [0; 512]);
+    assert!(bytes[size as usize..].iter().all(|byte| *byte == 7), "what lies behind the end is not the volume's");
+    drop(image);
+    let small = Image::open_known(&path, (1 << 20) + 1).expect_err("too small");
+    assert!(matches!(small, ImageError::TooSmall { .. }), "{small}");
+}
+
+#[test]
+fn one_file_under_two_names_has_one_writer() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = sparse(&dir, "a", 1 << 20);
+    let link = dir.path().join("b");
+    fs::hard_link(&path, &link).expect("links");
+    let image = Image::open_write(&path).expect("opens");
+    assert!(matches!(Image::open_write(&link), Err(ImageError::InUse { .. })));
+    drop(image);
+    Image::open_write(&link).expect("opens once it is free");
+}
+
+/// A loop device over a file, or None, with a message, where there is none to be had.
+struct Loop(String);
+
+impl Loop {
+    fn over(path: &Path) -> Option<Loop> {
+        let made = std::process::Command::new("losetup").args(["-f", "--show"]).arg(path).output();
+        match made {
+            Ok(made) if made.status.success() => Some(Loop(String::from_utf8_lossy(&made.stdout).trim().to_owned())),
+            _ => {
+                eprintln!("skipped: no loop device can be had here");
+                None
+            }
+        }
+    }
+
+    fn path(&self) -> &Path {
+        Path::new(&self.0)
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").arg("-d").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_device_has_one_writer_under_however_many_nodes() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let Some(device) = Loop::over(&sparse(&dir, "a", 1 << 20)) else { return };
+    let image = Image::open_write(device.path()).expect("opens");
+    let twin = dir.path().join("twin");
+    let number = fs::metadata(device.path()).expect("there").rdev();
+    let mode = nix::sys::stat::Mode::S_IRUSR | nix::sys::stat::Mode::S_IWUSR;
+    if let Err(error) = nix::sys::stat::mknod(&twin, nix::sys::stat::SFlag::S_IFBLK, mode, number) {
+        eprintln!("skipped: no device node can be made here: {error}");
+        return;
+    }
+    assert!(matches!(Image::open_write(&twin), Err(ImageError::InUse { .. })));
+    drop(image);
+    let image = Image::open_write(&twin).expect("opens once it is free");
+    assert!(matches!(image.identity(), Ok(Identity::Device { ids, .. }) if ids.contains_key("loop/inode")));
+    let before = image.device_writes();
+    image.write_at(0, &[1; 4096]).and_then(|()| image.sync_data()).expect("writes");
+    assert!(before.is_some() && image.device_writes() != before, "a write shows: {before:?}");
+}
+
+#[test]
+fn a_device_that_holds_something_is_not_overwritten_unasked() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = sparse(&dir, "a", 1 << 20);
+    fs::write(&path, [b"LUKS\xba\xbe".as_slice(), &[0; 1 << 20]].concat()).expect("writes");
+    let Some(device) = Loop::over(&path) else { return };
+    let refused = Image::create(device.path(), 1 << 19, Overwrite::OnlyBlank).expect_err("holds something");
+    assert!(matches!(refused, ImageError::Signature { .. }), "{refused}");
+    assert!(refused.to_string().contains("LUKS") && refused.to_string().contains("--overwrite"), "{refused}");
+    let image = Image::create(device.path(), 1 << 19, Overwrite::Anything).expect("a person said so");
+    assert_eq!((image.size_bytes(), image.was_made()), (1 << 19, false));
+    assert_eq!(image.unlink_if_ours().expect("looks"), Unlinked::NotMade);
+}
+
+#[test]
+fn another_disk_behind_a_devices_name_is_told() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (one, two) = (sparse(&dir, "one", 1 << 20), sparse(&dir, "two", 1 << 20));
+    let (Some(first), Some(second)) = (Loop::over(&one), Loop::over(&two)) else { return };
+    let noted = Image::open_write(first.path()).and_then(|image| image.note(true)).expect("notes");
+    let image = Image::open_write(second.path()).expect("opens");
+    assert!(matches!(image.recognise(&noted), Err(ImageError::NotTheSame { .. })), "though both are blank");
+    drop(image);
+    let image = Image::open_write(first.path()).expect("opens");
+    assert_eq!(image.recognise(&noted).expect("is the same"), Verdict::Same);
 }

@@ -9,12 +9,12 @@
 //! QEMU's event loops do (`poll-max-ns`): waking up takes longer than serving a request.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::Export;
 use super::server::Counted;
@@ -48,6 +48,11 @@ pub(super) struct Connection {
     watch: Arc<Watch>,
     /// Since when the driving thread has been running a request, in the watch's time; 0: it does not.
     busy_since: AtomicU64,
+    /// No more requests are taken: because of a shutdown, or because the export was withdrawn.
+    ended: CancellationToken,
+    /// Ends who waits for the withdrawal, with the connection.
+    _ended: DropGuard,
+    is_withdrawn: AtomicBool,
     _counted: Counted,
 }
 
@@ -79,22 +84,38 @@ enum Ended {
 }
 
 impl Connection {
-    /// A connection that has been negotiated.
-    pub(super) fn new(transmission: Transmission, watch: Arc<Watch>, counted: Counted) -> Arc<Connection> {
+    /// A connection that has been negotiated. `ended` is its own, to be cancelled when no more requests are to be taken.
+    pub(super) fn new(
+        transmission: Transmission,
+        watch: Arc<Watch>,
+        counted: Counted,
+        ended: CancellationToken,
+    ) -> Arc<Connection> {
         let export = Arc::clone(transmission.export());
         let connection = Arc::new(Connection {
             state: Mutex::new(State { transmission, driver: 0, waker: None, twin: None, caution: Caution::default() }),
             export,
             watch,
             busy_since: AtomicU64::new(0),
+            _ended: ended.clone().drop_guard(),
+            ended,
+            is_withdrawn: AtomicBool::new(false),
             _counted: counted,
         });
         connection.watch.add(&connection);
         connection
     }
 
-    /// Serves as the thread of this number until the client or `stop` ends it, then answers what is in flight and closes.
-    pub(super) async fn serve(self: Arc<Self>, driver: u64, mut socket: Socket, stop: CancellationToken) {
+    /// What is served was withdrawn: the client is hung up on. Takes nothing from the path of requests: whoever serves waits for the end of
+    /// the connection anyway, and one that hangs in the disk is relieved by another who does.
+    pub(super) fn withdraw(&self) {
+        self.is_withdrawn.store(true, Ordering::Release);
+        self.ended.cancel();
+    }
+
+    /// Serves as the thread of this number until the client or a shutdown ends it, then answers what is in flight and closes. If
+    /// the export was withdrawn, hangs up at once and only sees to the end of what changes it.
+    pub(super) async fn serve(self: Arc<Self>, driver: u64, mut socket: Socket) {
         let mut spins = Spins::default();
         {
             let mut state = self.state.lock();
@@ -111,12 +132,17 @@ impl Connection {
         let ended = tokio::select! {
             biased;
             ended = std::future::poll_fn(|cx| self.poll(driver, &mut socket, &mut spins, cx)) => Some(ended),
-            () = stop.cancelled() => None,
+            () = self.ended.cancelled() => None,
         };
         let ended = match ended {
             Some(ended) => ended,
             None => {
-                self.state.lock().transmission.shut_down();
+                if self.is_withdrawn.load(Ordering::Acquire) {
+                    socket.hang_up();
+                    self.state.lock().transmission.withdraw();
+                } else {
+                    self.state.lock().transmission.shut_down();
+                }
                 std::future::poll_fn(|cx| self.poll(driver, &mut socket, &mut spins, cx)).await
             }
         };

@@ -147,6 +147,13 @@ pub trait Export: Send + Sync + 'static {
     fn flush_here(&self) -> Option<Result<(), NbdErrno>> {
         None
     }
+
+    /// Where the export may be withdrawn while clients are connected: completes when that happens, or at once if it has. Its clients are then
+    /// hung up on without an answer; their reads are dropped, their changes still run to their end. Asked once a connection; must not
+    /// hold on to the export.
+    fn withdrawn(&self) -> Option<BoxFuture<'static, ()>> {
+        None
+    }
 }
 
 /// What a server offers.

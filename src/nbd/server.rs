@@ -106,8 +106,8 @@ impl NbdServer {
         }
         let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
         let relieve = {
-            let (stop, abort) = (stop.clone(), abort.clone());
-            move |connection, driver, socket| drive(connection, driver, socket, stop.clone(), abort.clone())
+            let abort = abort.clone();
+            move |connection, driver, socket| drive(connection, driver, socket, abort.clone())
         };
         let shared = Arc::new(Shared {
             exports,
@@ -257,13 +257,26 @@ impl Shared {
                     Ok(detached) => detached,
                     Err(error) => return tracing::debug!(%peer, %error, "an nbd client left after its handshake"),
                 };
+                let withdrawn = export.withdrawn();
                 let share = self.budget.share();
                 let max_requests = self.limits.max_requests.max(1);
                 let transmission = Transmission::new(peer, session, name, export, input, share, max_requests);
                 let counted = Counted::new(&self);
-                let connection = Connection::new(transmission, Arc::clone(&self.watch.watch), counted);
-                let (stop, abort) = (self.stop.clone(), self.abort.clone());
-                if let Err(error) = drive(connection, 0, socket, stop, abort) {
+                let ended = self.stop.child_token();
+                let connection = Connection::new(transmission, Arc::clone(&self.watch.watch), counted, ended.clone());
+                if let Some(withdrawn) = withdrawn {
+                    let connection = Arc::downgrade(&connection);
+                    self.tasks.spawn(async move {
+                        tokio::select! {
+                            () = withdrawn => {}
+                            () = ended.cancelled() => return,
+                        }
+                        if let Some(connection) = connection.upgrade() {
+                            connection.withdraw();
+                        }
+                    });
+                }
+                if let Err(error) = drive(connection, 0, socket, self.abort.clone()) {
                     tracing::error!(%error, "cannot serve an nbd client");
                 }
             }
@@ -273,13 +286,7 @@ impl Shared {
 
 /// Drives a connection on a thread of its own, as its driver of this number. The thread has its own runtime, too: a wake-up
 /// does not go through the threads of others.
-fn drive(
-    connection: Arc<Connection>,
-    driver: u64,
-    socket: DetachedSocket,
-    stop: CancellationToken,
-    abort: CancellationToken,
-) -> io::Result<()> {
+fn drive(connection: Arc<Connection>, driver: u64, socket: DetachedSocket, abort: CancellationToken) -> io::Result<()> {
     // All that can fail comes first.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let socket = {
@@ -292,7 +299,7 @@ fn drive(
             tokio::select! {
                 biased;
                 () = abort.cancelled() => {}
-                () = connection.serve(driver, socket, stop) => {}
+                () = connection.serve(driver, socket) => {}
             }
         });
     };

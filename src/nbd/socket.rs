@@ -251,6 +251,16 @@ impl Socket {
         }
     }
 
+    /// Ends the connection at once, in both directions; the client notices now, whenever the socket itself is closed.
+    pub(super) fn hang_up(&self) {
+        // It fails where the client was faster.
+        match self {
+            Socket::Unix(stream) => drop(SockRef::from(stream).shutdown(std::net::Shutdown::Both)),
+            Socket::Tcp(stream) => drop(SockRef::from(stream).shutdown(std::net::Shutdown::Both)),
+            Socket::Tls(tls) => tls.socket().hang_up(),
+        }
+    }
+
     /// Ends the connection so that the client gets what was sent: closing a TCP socket with unread input would reset
     /// it, and the last replies with it. So: say that nothing more comes, then wait for the client to close, but not
     /// long.

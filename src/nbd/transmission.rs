@@ -72,6 +72,8 @@ pub(super) enum End {
     Fault(Fault),
     /// The server is being shut down.
     Shutdown,
+    /// What was served is gone.
+    Withdrawn,
 }
 
 /// Where the next input goes.
@@ -236,9 +238,12 @@ impl Transmission {
             Some(End::Fault(fault)) => {
                 tracing::warn!(peer = %self.peer, export = %self.name, "nbd client dropped: {fault}");
             }
+            Some(End::Withdrawn) => {
+                tracing::info!(peer = %self.peer, export = %self.name, "nbd client hung up on: its volume is gone from here");
+            }
             end => tracing::debug!(peer = %self.peer, export = %self.name, ?end, "nbd client left"),
         }
-        !matches!(self.end, Some(End::Broken(_)))
+        !self.is_broken()
     }
 
     /// Takes no more requests because the server is being shut down.
@@ -248,6 +253,11 @@ impl Transmission {
     /// would see an I/O error, where a client that reconnects just sends them again.
     pub(super) fn shut_down(&mut self) {
         self.finish(End::Shutdown);
+    }
+
+    /// What is served is gone, and its client hung up on: nothing is answered any more. What changes the export is still finished.
+    pub(super) fn withdraw(&mut self) {
+        self.abandon(End::Withdrawn);
     }
 
     /// Whether from now on [`Turn::Run`] may come.
@@ -333,8 +343,12 @@ impl Transmission {
 
     /// The client has gone: nobody waits for data any more. What changes the export is still finished, but not told.
     fn give_up(&mut self, error: &std::io::Error) {
-        self.finish(End::Broken(error.kind()));
-        self.end = Some(End::Broken(error.kind()));
+        self.abandon(End::Broken(error.kind()));
+    }
+
+    fn abandon(&mut self, end: End) {
+        self.finish(end.clone());
+        self.end = Some(end);
         self.reads.clear();
         self.output.discard();
         self.settle();
@@ -680,7 +694,7 @@ impl Transmission {
     }
 
     fn is_broken(&self) -> bool {
-        matches!(self.end, Some(End::Broken(_)))
+        matches!(self.end, Some(End::Broken(_) | End::Withdrawn))
     }
 
     fn is_quiet(&self) -> bool {

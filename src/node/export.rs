@@ -82,7 +82,7 @@ impl Export for VolumeExport {
     }
 
     fn is_read_only(&self) -> bool {
-        !self.volume.image().is_writable()
+        self.volume.is_read_only()
     }
 
     fn description(&self) -> String {

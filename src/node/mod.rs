@@ -3,19 +3,24 @@
 
 mod catalog;
 mod databases;
+mod debts;
+mod entry;
 mod export;
+mod instances;
+mod inventory;
 mod listeners;
 mod owned;
 mod prewarm;
-mod record;
+pub mod record;
+mod record_v1;
+mod refusal;
 mod relocate;
 mod site;
 mod status;
-mod unserved;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -24,21 +29,26 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::config::{Config, HostPort};
-use crate::control::{ControlServer, Site};
+use crate::control::{ApiError, ControlServer, Site};
 use crate::core::ids::Name;
 use crate::core::scheduler::Limits;
 use crate::fetch::{Fetch, PeerKey, VolumeKey, Waiting};
+use crate::handover::State as Ownership;
+use crate::image::{Image, ImageError};
 use crate::nbd::{NbdLimits, NbdListener, NbdServer};
-use crate::source::{Hasher, SourceOptions, SourceVolume, serve_link};
+use crate::source::{Hasher, SourceOptions, serve_link};
 use crate::store::{RocksStore, State, StateDb, Store, StoreOptions};
 use crate::transport::{Endpoint, EndpointOptions, Identity, KeepConnected, PeerTarget, Trust, keep_connected};
+use crate::units::Patience;
 use crate::volume::Volume;
 use crate::workers::Workers;
 
 use databases::Databases;
+pub use entry::Entry;
 use export::{Found, Served, VolumeExports};
+pub use inventory::{Inventory, InventoryParts, Outside};
 pub use listeners::nbd_listeners;
-use record::{Ownership, Records, VolumeRecord};
+use record::VolumeRecord;
 
 /// How long clients' requests and peers' connections may take to end at a shutdown.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(20);
@@ -54,19 +64,14 @@ pub struct Node {
     config: Config,
     identity: Identity,
     endpoint: Endpoint,
-    fetch: Fetch,
+    inventory: Arc<Inventory>,
     store: Arc<dyn Store>,
-    state: Arc<dyn State>,
-    records: Records,
-    /// Guests' file I/O, and the landing of fetched blocks.
-    disk_workers: Workers,
     /// Hashing, compressing, decompressing and verifying.
     cpu_workers: Workers,
-    hasher: Hasher,
-    volumes: Mutex<BTreeMap<Name, Arc<Entry>>>,
-    /// Names for which a relocation or an addition is under way.
-    reserved: Mutex<std::collections::BTreeSet<Name>>,
-    unserved: Mutex<BTreeMap<Name, unserved::Unserved>>,
+    /// Why the last relocation of a name came to nothing, for whoever waits for it.
+    failures: Mutex<BTreeMap<Name, ApiError>>,
+    /// Names that NBD clients asked for here in vain, and when.
+    knocks: Mutex<HashMap<Name, Instant>>,
     links: Mutex<HashMap<PeerKey, KeepConnected>>,
     peer_views: Mutex<Vec<(PeerKey, crate::fetch::PeerView)>>,
     waiting: Mutex<BTreeMap<VolumeKey, Waiting>>,
@@ -74,22 +79,6 @@ pub struct Node {
     next_job: AtomicU64,
     began: Instant,
     this: Weak<Node>,
-}
-
-/// A volume with what is journalled of it and what runs for it.
-pub(crate) struct Entry {
-    pub(crate) record: Mutex<VolumeRecord>,
-    pub(crate) volume: Arc<Volume>,
-    /// What peers fetch from; only for a volume all of which is here.
-    pub(crate) source: Mutex<Option<Arc<SourceVolume>>>,
-    pub(crate) clients: Arc<AtomicU32>,
-    /// Ends the tasks that run for the volume.
-    pub(crate) stop: watch::Sender<bool>,
-    /// What is wrong, for people.
-    pub(crate) trouble: Mutex<Option<String>>,
-    pub(crate) rate: status::RateMeter,
-    /// One change of ownership at a time.
-    pub(crate) turn: tokio::sync::Mutex<()>,
 }
 
 /// Runs a site until SIGTERM or SIGINT; prints one line `ready ...` on stdout when everything is served. `listeners` are
@@ -189,14 +178,12 @@ impl Node {
         let disk_workers = Workers::start("disk", DISK_THREADS, 2).context("starting the disk's threads")?;
         let cpu_workers = Workers::start("cpu", cores.min(4), cores).context("starting the worker threads")?;
         let hasher = Hasher::start().context("starting the hasher")?;
-        let node = Arc::new_cyclic(|this| Node {
-            records: Records::new(Arc::clone(&state)),
-            disk_workers,
+        let parts = InventoryParts { site: config.site.name.clone(), fetch, state, disk_workers, hasher };
+        let node = Arc::new_cyclic(|this: &Weak<Node>| Node {
+            inventory: Inventory::new(parts, this.clone() as Weak<dyn Outside>),
             cpu_workers,
-            hasher,
-            volumes: Mutex::default(),
-            reserved: Mutex::default(),
-            unserved: Mutex::default(),
+            failures: Mutex::default(),
+            knocks: Mutex::default(),
             links: Mutex::default(),
             peer_views: Mutex::default(),
             waiting: Mutex::default(),
@@ -206,17 +193,10 @@ impl Node {
             config,
             identity,
             endpoint,
-            fetch,
             store,
-            state,
             this: this.clone(),
         });
-        for record in node.records.load()? {
-            // One volume whose disk is missing must not keep the others from being served; what is journalled of it stays.
-            if let Err(error) = node.restore(record.clone()).await {
-                node.leave_unserved(record, format!("{error:#}"));
-            }
-        }
+        node.inventory.start().await?;
         Ok(node)
     }
 
@@ -238,7 +218,7 @@ impl Node {
             },
         };
         while let Some(new) = self.endpoint.accept().await {
-            let catalog = Arc::clone(&self) as Arc<dyn crate::source::Catalog>;
+            let catalog = Arc::clone(&self.inventory) as Arc<dyn crate::source::Catalog>;
             tokio::spawn(serve_link(new, catalog, self.hasher.clone(), self.cpu_workers.clone(), options.clone()));
         }
     }
@@ -255,14 +235,11 @@ impl Node {
                 PeerTarget { name: peer.name.clone(), address: address.to_string(), fingerprint: peer.fingerprint };
             let (new_links, keeper) = keep_connected(self.endpoint.clone(), target);
             let site = self.config.site.name.clone();
-            self.fetch.add_peer(key, peer.name.clone(), site, new_links, self.cpu_workers.clone());
+            let greeting = self.inventory.greeting(&peer.name);
+            self.fetch.add_peer(key, peer.name.clone(), site, new_links, self.cpu_workers.clone(), greeting);
             place.insert(keeper);
         }
         Some(key)
-    }
-
-    fn entry(&self, name: &Name) -> Option<Arc<Entry>> {
-        self.volumes.lock().get(name).cloned()
     }
 
     fn default_image(&self, name: &Name) -> PathBuf {
@@ -278,8 +255,9 @@ impl Node {
             self.look_at_peers().await;
             let entries: Vec<Arc<Entry>> = self.volumes.lock().values().cloned().collect();
             for entry in entries {
-                self.say_who_waits(&entry, &mut said);
-                entry.rate.observe(&entry.volume.snapshot(), entry.volume.geometry());
+                let Ok(volume) = entry.volume() else { continue };
+                self.say_who_waits(&volume, &mut said);
+                entry.rate.observe(&volume.snapshot(), volume.geometry());
             }
         }
     }
@@ -292,8 +270,8 @@ impl Node {
     }
 
     /// An operator looks into the log: guests that hang because of a peer are said at once, and then every minute.
-    fn say_who_waits(&self, entry: &Entry, said: &mut HashMap<VolumeKey, Instant>) {
-        let Some(relocation) = entry.volume.relocation() else { return };
+    fn say_who_waits(&self, volume: &Volume, said: &mut HashMap<VolumeKey, Instant>) {
+        let Some(relocation) = volume.relocation() else { return };
         let (key, reads) = (relocation.key(), relocation.waiting_demands());
         let Some(waiting) = self.waiting.lock().get(&key).cloned().filter(|_| reads > 0) else {
             said.remove(&key);
@@ -302,7 +280,7 @@ impl Node {
         if said.get(&key).is_none_or(|at| at.elapsed() >= SAY_AGAIN) {
             said.insert(key, Instant::now());
             let patience = relocation.demand_timeout().map_or("for ever".to_owned(), |after| format!("{after:?}"));
-            tracing::warn!(volume = %entry.volume.name(), reads, patience, "guests wait for blocks: {waiting}");
+            tracing::warn!(volume = %volume.name(), reads, patience, "guests wait for blocks: {waiting}");
         }
     }
 
@@ -312,15 +290,20 @@ impl Node {
             let _ = entry.stop.send(true);
         }
         for entry in &entries {
-            if let Err(error) = entry.volume.flush().await {
-                tracing::error!(volume = %entry.volume.name(), %error, "the last flush failed");
+            let Ok(volume) = entry.volume() else { continue };
+            if let Err(error) = volume.flush().await {
+                tracing::error!(volume = %entry.name, %error, "the last flush failed");
             }
             let source = entry.source.lock().clone();
             if let Some(source) = source
                 && let Err(error) = source.manifest.seal()
             {
-                tracing::warn!(volume = %entry.volume.name(), %error, "the image will be hashed again after the restart");
+                tracing::warn!(volume = %entry.name, %error, "the image will be hashed again after the restart");
             }
+            // Nothing is written any more: whatever lies there at the next start is compared with this.
+            volume.close();
+            volume.closed().await;
+            self.mark(entry);
         }
         self.links.lock().clear();
         self.endpoint.close("the site is shutting down");
@@ -341,37 +324,83 @@ impl Served for Node {
 
     fn find(&self, name: &str) -> Option<Found> {
         let name = name.parse().ok()?;
-        let Some(entry) = self.entry(&name) else { return self.why_unserved(&name).map(Err) };
-        let state = entry.record.lock().state.clone();
-        match state {
-            Ownership::Arriving { is_taken: false, from, .. } => {
-                Some(Err(format!("{from} has not handed it over yet")))
+        let Some(entry) = self.entry(&name) else {
+            self.note_knock(&name);
+            return None;
+        };
+        let why = match entry.record().held.state {
+            Ownership::Asking { from } => Some(format!("{from} has not handed it over yet")),
+            Ownership::GivingBack { from, .. } => Some(format!("it is being given back to {from}")),
+            Ownership::Fenced { by, .. } => Some(format!("it was reclaimed at {by}, and is not served here any more")),
+            Ownership::Owned | Ownership::Arriving { .. } | Ownership::Released { .. } => None,
+        };
+        if let Some(why) = why {
+            self.note_knock(&name);
+            return Some(Err(why));
+        }
+        match entry.volume() {
+            Ok(volume) => Some(Ok((volume, Arc::clone(&entry.clients)))),
+            Err(why) => {
+                let hint = "when it is mended, restart the daemon";
+                Some(Err(format!("volume {name} cannot be served: {why}; {hint}")))
             }
-            Ownership::Arriving { is_given_back: true, from, .. } => {
-                Some(Err(format!("it is being given back to {from}")))
-            }
-            _ => Some(Ok((Arc::clone(&entry.volume), Arc::clone(&entry.clients)))),
         }
     }
 }
 
-impl Entry {
-    fn new(record: VolumeRecord, volume: Arc<Volume>) -> Arc<Entry> {
-        Arc::new(Entry {
-            record: Mutex::new(record),
-            volume,
-            source: Mutex::new(None),
-            clients: Arc::default(),
-            stop: watch::channel(false).0,
-            trouble: Mutex::new(None),
-            rate: status::RateMeter::default(),
-            turn: tokio::sync::Mutex::new(()),
-        })
+/// The volumes are the inventory's, which the simulation runs, too.
+impl std::ops::Deref for Node {
+    type Target = Arc<Inventory>;
+    fn deref(&self) -> &Arc<Inventory> {
+        &self.inventory
+    }
+}
+
+impl Outside for Node {
+    fn dial(&self, peer: &Name) -> Option<PeerKey> {
+        self.this.upgrade().and_then(|node| node.ensure_dialled(peer))
     }
 
-    fn clients(&self) -> u32 {
-        self.clients.load(Ordering::Relaxed)
+    fn peer_name(&self, peer: PeerKey) -> Option<Name> {
+        self.config.peers.get(peer.0 as usize).map(|peer| peer.name.clone())
     }
+
+    fn is_granted(&self, peer: &Name, volume: &Name) -> bool {
+        self.config.peer(peer).is_some_and(|peer| peer.volumes.includes(volume))
+    }
+
+    fn open_image(&self, record: &VolumeRecord) -> Result<Image, ImageError> {
+        Image::open_known(&record.image, record.geometry.size_bytes)
+    }
+
+    fn delete_image(&self, record: &VolumeRecord, volume: Option<&Volume>) {
+        owned::delete_made(record, volume);
+    }
+
+    fn demand_timeout(&self) -> Option<Duration> {
+        match self.config.demand.timeout {
+            Patience::Forever => None,
+            Patience::For(timeout) => Some(timeout),
+        }
+    }
+
+    fn draw(&self) -> [u8; 16] {
+        random()
+    }
+}
+
+/// Random bytes. Without entropy: nanoseconds and a counter do nearly as well for numbers that only have to differ.
+fn random<const BYTES: usize>() -> [u8; BYTES] {
+    use ring::rand::SecureRandom;
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let mut bytes = [0; BYTES];
+    if ring::rand::SystemRandom::new().fill(&mut bytes).is_err() {
+        let now = std::time::UNIX_EPOCH.elapsed().map_or(1, |now| now.as_nanos());
+        let count = COUNTER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let hash = blake3::hash(format!("{now} {count} {}", std::process::id()).as_bytes());
+        bytes.iter_mut().zip(hash.as_bytes()).for_each(|(byte, random)| *byte = *random);
+    }
+    bytes
 }
 
 async fn wait_for_signal() {

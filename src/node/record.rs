@@ -1,17 +1,29 @@
-//! What a site journals of its volumes: one JSON row each in the state database, under `vol/<name>`, written durably before
-//! what it says takes effect. Must not know how volumes are served.
+//! What a site journals of its volumes and its peers: rows in the state database, each written durably before what it says takes
+//! effect. `docs/formats.md` has them byte by byte. Must not know how volumes are served.
+//!
+//! | key | value |
+//! |---|---|
+//! | `vol/NAME` | JSON of [`VolumeRecord`] |
+//! | `left/NAME` | JSON of [`Left`]: what is remembered of a volume that is not here any more |
+//! | `owed/NAME/<epoch, 16 hex digits>/PEER/WHAT` | JSON of [`Debt`]: what a peer is to be told until it answers |
+//! | `mark/INCARNATION` | JSON of [`Mark`]: what the image held when it last rested; gone while it may be written |
+//! | `nonce/in/PEER` | 16 bytes: the instance of the peer that was here last |
+//! | `nonce/out/PEER` | JSON of [`Instance`]: which instance this site is, for this peer |
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::core::ids::Name;
+use super::record_v1;
+use crate::core::ids::{Incarnation, Name, Nonce};
 use crate::core::manifest::Geometry;
+use crate::handover::{Debt, Generation, Held, Left, Owed, Row};
+use crate::image::{Identity, Mark};
 use crate::store::{State, StateBatch, StateError};
 
 /// A volume as journalled.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VolumeRecord {
     /// Layout of this row.
@@ -22,57 +34,62 @@ pub struct VolumeRecord {
     pub image: PathBuf,
     /// Its shape.
     pub geometry: Geometry,
-    /// Counts the changes of ownership.
-    pub epoch: u64,
-    /// Counts the contents that were released to a peer.
-    pub generation: u64,
+    /// Of this making of the volume: names come again, this number does not. Every row about the volume is kept under it.
+    pub incarnation: Incarnation,
+    /// Counts the contents that were announced to peers.
+    pub generation: Generation,
     /// Who owns it and how far it is.
-    pub state: Ownership,
+    pub held: Held,
+    /// What the source's content was counted as, if the volume came from one.
+    pub source_generation: Option<Generation>,
+    /// The background copy's switches.
+    pub pace: Pace,
+    /// Whether the file was made for the volume: only such a file is deleted.
+    pub is_made: bool,
+    /// Whether guests may only read it, as at its source.
+    pub is_read_only: bool,
+    /// What the image was when this site last had it open; None in a row of an earlier version.
+    pub noted: Option<Identity>,
 }
 
-/// Who owns a volume. Each variant is exactly one step of a relocation, at one of its ends.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Ownership {
-    /// This site, and all of it is here.
-    Owned,
-    /// Source: `to` owns it since `epoch`.
-    Released {
-        /// The new owner.
-        to: Name,
-        /// Whether it has every block: this site's copy is not needed any more.
-        is_completed: bool,
-    },
-    /// Destination: about to become the owner, or the owner already; blocks are missing.
-    Arriving {
-        /// The source.
-        from: Name,
-        /// What the source's volume is counted as.
-        source_generation: u64,
-        /// Whether this site owns it; if not, the source has to be asked (again).
-        is_taken: bool,
-        /// Whether it is being given back.
-        is_given_back: bool,
-        /// Whether the background copy was asked for.
-        with_bulk: bool,
-        /// Whether somebody paused it.
-        is_paused: bool,
-        /// Its limit.
-        limit_bytes_per_s: Option<u64>,
-    },
-    /// Destination: this site owns it, and all of it is here.
-    Arrived {
-        /// The source.
-        from: Name,
-        /// Whether the source knows.
-        is_released: bool,
-    },
+/// The switches of a background copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pace {
+    /// Whether blocks that nobody reads are copied, too.
+    pub with_bulk: bool,
+    /// Whether somebody paused it.
+    pub is_paused: bool,
+    /// Its limit.
+    pub limit_bytes_per_s: Option<u64>,
 }
 
-const VERSION: u32 = 1;
-const PREFIX: &[u8] = b"vol/";
+impl Default for Pace {
+    fn default() -> Pace {
+        Pace { with_bulk: true, is_paused: false, limit_bytes_per_s: None }
+    }
+}
 
-/// The rows of all volumes.
+/// Which instance this site is for a peer that it fetches from. Two that were copied from one another are told apart by it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Instance {
+    /// What the peer last accepted.
+    pub last: Nonce,
+    /// What the peer is told next.
+    pub next: Nonce,
+    /// Whether the peer said that another instance was there since.
+    pub is_doubted: bool,
+}
+
+/// Of the rows that this program writes.
+pub const VERSION: u32 = 2;
+pub(super) const VOLUMES: &[u8] = b"vol/";
+const LEFT: &[u8] = b"left/";
+const OWED: &[u8] = b"owed/";
+const MARKS: &str = "mark/";
+
+/// The rows of a site.
 #[derive(Clone)]
 pub struct Records {
     state: Arc<dyn State>,
@@ -86,21 +103,38 @@ pub enum RecordError {
     State(#[from] StateError),
     /// A row of another version, or damaged.
     #[error(
-        "the record of volume {volume} in the state database cannot be read: {why}; update blockferry or restore the state database"
+        "the row {key} in the state database cannot be read: {why}; update blockferry or restore the state database"
     )]
     Unreadable {
-        /// Whose.
-        volume: String,
+        /// Which.
+        key: String,
         /// What is wrong.
         why: String,
     },
 }
 
-impl VolumeRecord {
-    /// A record of the present version.
-    pub fn new(name: Name, image: PathBuf, geometry: Geometry, epoch: u64, state: Ownership) -> VolumeRecord {
-        VolumeRecord { version: VERSION, name, image, geometry, epoch, generation: 1, state }
+impl RecordError {
+    pub(super) fn unreadable(key: &[u8], why: impl ToString) -> RecordError {
+        RecordError::Unreadable { key: String::from_utf8_lossy(key).into_owned(), why: why.to_string() }
     }
+}
+
+impl VolumeRecord {
+    /// The prefixes of all rows about this making of the volume.
+    fn own_rows(&self) -> [Vec<u8>; 3] {
+        let of = self.incarnation;
+        [format!("res/{of}/").into_bytes(), format!("hash/{of}/").into_bytes(), mark_key(of)]
+    }
+
+    fn key(name: &Name) -> Vec<u8> {
+        [VOLUMES, name.as_str().as_bytes()].concat()
+    }
+}
+
+/// The version of a row, whatever else it has.
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
 }
 
 impl Records {
@@ -110,15 +144,20 @@ impl Records {
     }
 
     /// All volumes, by name. One row that cannot be read is an error: a site that forgets a volume might let somebody else write it.
-    pub fn load(&self) -> Result<Vec<VolumeRecord>, RecordError> {
+    /// Rows of version 1 are written anew as of version 2, under incarnations that `draw` gives.
+    pub fn load(&self, draw: &dyn Fn() -> Incarnation) -> Result<Vec<VolumeRecord>, RecordError> {
         let mut records = Vec::new();
-        for (key, row) in self.state.scan_prefix(PREFIX)? {
-            let volume = || String::from_utf8_lossy(&key[PREFIX.len()..]).into_owned();
-            let unreadable = |why: String| RecordError::Unreadable { volume: volume(), why };
-            let record: VolumeRecord = serde_json::from_slice(&row).map_err(|error| unreadable(error.to_string()))?;
-            if record.version != VERSION {
-                return Err(unreadable(format!("it has version {}, this program knows {VERSION}", record.version)));
-            }
+        for (key, row) in self.state.scan_prefix(VOLUMES)? {
+            let unreadable = |why: &dyn ToString| RecordError::unreadable(&key, why.to_string());
+            let Version { version } = serde_json::from_slice(&row).map_err(|error| unreadable(&error))?;
+            let record = match version {
+                1 => record_v1::renew(&*self.state, &row, draw()).map_err(|error| match error {
+                    record_v1::RenewError::State(error) => error.into(),
+                    record_v1::RenewError::Row(error) => unreadable(&error),
+                })?,
+                VERSION => serde_json::from_slice(&row).map_err(|error| unreadable(&error))?,
+                other => return Err(unreadable(&format!("it has version {other}, this program knows {VERSION}"))),
+            };
             records.push(record);
         }
         Ok(records)
@@ -126,53 +165,157 @@ impl Records {
 
     /// Writes a record, durably.
     pub fn save(&self, record: &VolumeRecord) -> Result<(), RecordError> {
-        let row = serde_json::to_vec(record)
-            .map_err(|error| RecordError::Unreadable { volume: record.name.to_string(), why: error.to_string() })?;
         let mut batch = StateBatch::default();
-        batch.put([PREFIX, record.name.as_str().as_bytes()].concat(), row);
+        put_record(&mut batch, record)?;
         Ok(self.state.write_batch(batch, true)?)
     }
 
-    /// Forgets a volume and its residency, durably.
-    pub fn delete(&self, name: &Name) -> Result<(), RecordError> {
+    /// Writes a change of ownership, durably: `record` is the volume's as it is to be. Where nothing of it is here any more, all
+    /// rows about it go.
+    pub fn change(&self, record: &VolumeRecord, row: &Row) -> Result<(), RecordError> {
         let mut batch = StateBatch::default();
-        batch.delete([PREFIX, name.as_str().as_bytes()].concat());
-        batch.delete_prefix(format!("res/{name}/").into_bytes());
-        batch.delete_prefix(format!("hash/{name}/").into_bytes());
+        match &row.held {
+            Some(_) => put_record(&mut batch, record)?,
+            None => {
+                batch.delete(VolumeRecord::key(&record.name));
+                record.own_rows().into_iter().for_each(|prefix| batch.delete_prefix(prefix));
+            }
+        }
+        if let Some(left) = &row.left {
+            batch.put([LEFT, record.name.as_str().as_bytes()].concat(), json(LEFT, left)?);
+        }
+        if let Some(debt) = &row.owes {
+            put_debt(&mut batch, &record.name, debt)?;
+        }
         Ok(self.state.write_batch(batch, true)?)
     }
+
+    /// What is remembered of a volume of this name that was here.
+    pub fn left(&self, name: &Name) -> Result<Option<Left>, RecordError> {
+        let key = [LEFT, name.as_str().as_bytes()].concat();
+        let row = self.state.get(&key)?;
+        row.map(|row| serde_json::from_slice(&row).map_err(|error| RecordError::unreadable(&key, error))).transpose()
+    }
+
+    /// All that is remembered.
+    pub fn all_left(&self) -> Result<Vec<(Name, Left)>, RecordError> {
+        let rows = self.state.scan_prefix(LEFT)?;
+        let parse = |(key, row): &(Vec<u8>, Vec<u8>)| -> Result<(Name, Left), RecordError> {
+            let name = String::from_utf8_lossy(&key[LEFT.len()..]).parse();
+            let name = name.map_err(|_| RecordError::unreadable(key, "it names no volume"))?;
+            Ok((name, serde_json::from_slice(row).map_err(|error| RecordError::unreadable(key, error))?))
+        };
+        rows.iter().map(parse).collect()
+    }
+
+    /// What peers are yet to be told, with the volume that it is about.
+    pub fn debts(&self) -> Result<Vec<(Name, Debt)>, RecordError> {
+        let rows = self.state.scan_prefix(OWED)?;
+        let parse = |(key, row): &(Vec<u8>, Vec<u8>)| -> Result<(Name, Debt), RecordError> {
+            let text = String::from_utf8_lossy(&key[OWED.len()..]).into_owned();
+            let name = text.split('/').next().unwrap_or_default().parse();
+            let name = name.map_err(|_| RecordError::unreadable(key, "it names no volume"))?;
+            Ok((name, serde_json::from_slice(row).map_err(|error| RecordError::unreadable(key, error))?))
+        };
+        rows.iter().map(parse).collect()
+    }
+
+    /// A peer was told, and answered.
+    pub fn settle(&self, name: &Name, debt: &Debt) -> Result<(), RecordError> {
+        let mut batch = StateBatch::default();
+        batch.delete(debt_key(name, debt));
+        Ok(self.state.write_batch(batch, true)?)
+    }
+
+    /// What an image held when it last rested, if it has not been written since.
+    pub fn mark(&self, of: Incarnation) -> Result<Option<Mark>, RecordError> {
+        let key = mark_key(of);
+        let row = self.state.get(&key)?;
+        row.map(|row| serde_json::from_slice(&row).map_err(|error| RecordError::unreadable(&key, error))).transpose()
+    }
+
+    /// Notes what an image holds that rests, durably; None: it may be written from now on.
+    pub fn note_mark(&self, of: Incarnation, mark: Option<&Mark>) -> Result<(), RecordError> {
+        let mut batch = StateBatch::default();
+        match mark {
+            Some(mark) => batch.put(mark_key(of), json(MARKS.as_bytes(), mark)?),
+            None => batch.delete(mark_key(of)),
+        }
+        Ok(self.state.write_batch(batch, true)?)
+    }
+
+    /// Drops the marks of all but these.
+    pub fn forget_marks_but(&self, known: &[Incarnation]) -> Result<(), RecordError> {
+        let mut batch = StateBatch::default();
+        for (key, _) in self.state.scan_prefix(MARKS.as_bytes())? {
+            if !known.iter().any(|of| key == mark_key(*of)) {
+                batch.delete(key);
+            }
+        }
+        if batch.is_empty() { Ok(()) } else { Ok(self.state.write_batch(batch, true)?) }
+    }
+
+    /// Which instance of a peer was here last.
+    pub fn instance_of(&self, peer: &Name) -> Result<Option<Nonce>, RecordError> {
+        let key = format!("nonce/in/{peer}").into_bytes();
+        let row = self.state.get(&key)?;
+        row.map(|row| row.try_into().map(Nonce).map_err(|_| RecordError::unreadable(&key, "it has not 16 bytes")))
+            .transpose()
+    }
+
+    /// Notes it, durably; None: whichever comes next is the one.
+    pub fn note_instance_of(&self, peer: &Name, nonce: Option<Nonce>) -> Result<(), RecordError> {
+        let key = format!("nonce/in/{peer}").into_bytes();
+        let mut batch = StateBatch::default();
+        match nonce {
+            Some(nonce) => batch.put(key, nonce.0.to_vec()),
+            None => batch.delete(key),
+        }
+        Ok(self.state.write_batch(batch, true)?)
+    }
+
+    /// Which instance this site is for a peer.
+    pub fn instance_for(&self, peer: &Name) -> Result<Instance, RecordError> {
+        let key = format!("nonce/out/{peer}").into_bytes();
+        match self.state.get(&key)? {
+            Some(row) => serde_json::from_slice(&row).map_err(|error| RecordError::unreadable(&key, error)),
+            None => Ok(Instance::default()),
+        }
+    }
+
+    /// Notes it, durably.
+    pub fn note_instance_for(&self, peer: &Name, instance: &Instance) -> Result<(), RecordError> {
+        let mut batch = StateBatch::default();
+        batch.put(format!("nonce/out/{peer}").into_bytes(), json(b"nonce/out/", instance)?);
+        Ok(self.state.write_batch(batch, true)?)
+    }
+}
+
+pub(super) fn put_record(batch: &mut StateBatch, record: &VolumeRecord) -> Result<(), RecordError> {
+    batch.put(VolumeRecord::key(&record.name), json(VOLUMES, record)?);
+    Ok(())
+}
+
+pub(super) fn put_debt(batch: &mut StateBatch, name: &Name, debt: &Debt) -> Result<(), RecordError> {
+    batch.put(debt_key(name, debt), json(OWED, debt)?);
+    Ok(())
+}
+
+fn json(key: &[u8], row: &impl Serialize) -> Result<Vec<u8>, RecordError> {
+    serde_json::to_vec(row).map_err(|error| RecordError::unreadable(key, error))
+}
+
+fn mark_key(of: Incarnation) -> Vec<u8> {
+    format!("{MARKS}{of}").into_bytes()
+}
+
+fn debt_key(name: &Name, debt: &Debt) -> Vec<u8> {
+    let what = match debt.what {
+        Owed::Completed => "completed",
+        Owed::Reclaimed => "reclaimed",
+    };
+    format!("owed/{name}/{:016x}/{}/{what}", debt.epoch.0, debt.peer).into_bytes()
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::store::MemoryState;
-
-    #[test]
-    fn records_survive_and_damage_is_an_error() {
-        let state: Arc<dyn State> = Arc::new(MemoryState::new());
-        let records = Records::new(Arc::clone(&state));
-        let geometry = Geometry::new(1 << 30, 65536).expect("a geometry");
-        let name: Name = "vm1".parse().expect("a name");
-        let released = Ownership::Released { to: "b".parse().expect("a name"), is_completed: false };
-        let record = VolumeRecord::new(name.clone(), "/images/vm1.raw".into(), geometry, 3, released);
-        records.save(&record).expect("saves");
-        assert_eq!(records.load().expect("loads"), vec![record]);
-        records.delete(&name).expect("deletes");
-        assert!(records.load().expect("loads").is_empty());
-        state.put(b"vol/vm2", b"{}").expect("puts");
-        assert!(records.load().expect_err("damaged").to_string().contains("vm2"));
-    }
-
-    /// What version 1 wrote is read for ever after.
-    #[test]
-    fn a_row_of_version_1_is_read() {
-        let row = br#"{"version":1,"name":"vm1","image":"/i/vm1.raw","geometry":{"size_bytes":1073741824,"block_size":65536},
-            "epoch":2,"generation":1,"state":{"arriving":{"from":"a","source_generation":1,"is_taken":true,"is_given_back":false,
-            "with_bulk":true,"is_paused":false,"limit_bytes_per_s":null}}}"#;
-        let state: Arc<dyn State> = Arc::new(MemoryState::new());
-        state.put(b"vol/vm1", row).expect("puts");
-        let records = Records::new(state).load().expect("loads");
-        assert!(matches!(records[0].state, Ownership::Arriving { is_taken: true, with_bulk: true, .. }));
-    }
-}
+mod tests;

@@ -1,30 +1,41 @@
-//! The destination's end of a relocation: begin, go on after a restart, complete, give back. Every step is journalled before
-//! it takes effect, and every step can be asked for again.
+//! The verbs of a relocation, said at the destination. What they mean for ownership is the machine's business.
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::record::{Ownership, VolumeRecord};
-use super::{Entry, Node};
-use crate::control::{ApiError, ErrorKind, RelocateRequest};
-use crate::core::ids::Name;
-use crate::core::wire::Refusal;
-use crate::fetch::{Expected, FetchError, Remote, VolumeKey};
-use crate::image::Image;
-use crate::units::Patience;
-use crate::volume::{Relocation, Volume, VolumeParts, run_bulk};
+use super::Node;
+use super::entry::{Disk, Entry};
+use super::inventory::Inventory;
+use super::record::{Pace, VERSION, VolumeRecord};
+use super::refusal::{api_error, refused};
+use crate::control::{
+    ApiError, Cancel, CancelAnswer, DEFAULT_HANDOVER_TIMEOUT, ErrorKind, Reclaim, ReclaimAnswer, RelocateRequest,
+};
+use crate::core::ids::{Incarnation, Name};
+use crate::custody::Keeper;
+use crate::fetch::{Expected, PeerKey, Remote, VolumeKey};
+use crate::handover::{Epoch, Generation, Held, Machine, State, Verb};
+use crate::image::{Image, Overwrite};
+use crate::volume::{Relocation, Volume, VolumeParts};
 
 /// How long `relocate` and `cancel` wait for the peer before they say that it cannot be reached.
 const PEER_TIMEOUT: Duration = Duration::from_secs(12);
-/// Between attempts to tell a source that everything is here.
-const TELL_AGAIN: Duration = Duration::from_secs(5);
+/// How long the API waits for a hand-over. It goes on for as long as `--timeout` says; the status shows how.
+const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+/// An NBD client that asked for a volume here so recently is a guest that is being moved here and waits for its disk.
+const KNOCKED_WITHIN: Duration = Duration::from_secs(10);
+/// Names that were asked for here and are remembered.
+const MAX_KNOCKS: usize = 256;
+/// Relocations that came to nothing and are remembered, for whoever waits for them.
+const MAX_FAILURES: usize = 1024;
 
 impl Node {
-    /// Begins one relocation; returns when the volume is owned and served here.
+    /// Begins one relocation; returns when the volume is owned and served here, or when that takes longer than the API waits.
     pub(super) async fn begin_relocation(self: &Arc<Self>, request: &RelocateRequest) -> Result<(), ApiError> {
         let name = &request.volume;
-        let _reserved = self.reserve(name)?;
+        let reserved = self.reserve(name)?;
+        self.failures.lock().remove(name);
         let peer = self.config.peer(&request.peer).ok_or_else(|| {
             ApiError::new(
                 ErrorKind::NotFound,
@@ -39,341 +50,257 @@ impl Node {
                 "add `address = \"HOST:PORT\"` to its [[peers]] entry and restart the daemon",
             )
         })?;
+        let timeout = timeout_of(name, request.timeout_s)?;
         let opened = tokio::time::timeout(PEER_TIMEOUT, self.fetch.open(key, name.clone())).await;
         let remote = match opened {
             Ok(Ok(remote)) => remote,
             Ok(Err(error)) => return Err(refused(name, &peer.name, &error)),
             Err(_) => return Err(self.unreachable(name, &peer.name, key)),
         };
-        let closing = Closing { node: self, key: remote.key, is_armed: true };
+        let mut closing = Closing { node: self, key: remote.key, is_armed: true };
         let path = match &request.image {
             Some(path) => path.clone(),
             None => self.prepare_default_image(name)?,
         };
-        let image = Image::create(&path, remote.geometry.size_bytes)
-            .map_err(|error| ApiError::new(ErrorKind::Conflict, format!("volume {name}: {error}"), ""))?;
-        let record = VolumeRecord::new(
-            name.clone(),
-            path,
-            remote.geometry,
-            remote.epoch + 1,
-            Ownership::Arriving {
-                from: peer.name.clone(),
-                source_generation: remote.generation,
-                is_taken: false,
-                is_given_back: false,
-                with_bulk: request.bulk,
-                is_paused: false,
-                limit_bytes_per_s: request.bulk_rate_bytes_per_s,
-            },
-        );
+        self.refuse_shared_image(name, &path)?;
+        let overwrite = if request.overwrite { Overwrite::Anything } else { Overwrite::OnlyBlank };
+        let (size_bytes, at) = (remote.geometry.size_bytes, path.clone());
+        // Blocking: the folder is synced.
+        let made = tokio::task::spawn_blocking(move || Image::create(&at, size_bytes, overwrite)).await;
         let internal = |error: String| ApiError::new(ErrorKind::Internal, format!("volume {name}: {error}"), "");
-        let volume =
-            Volume::relocating(self.parts(&record, image, false), true).map_err(|e| internal(e.to_string()))?;
-        // From here on a crash finds the intent: after the restart the source is asked again.
-        self.records.save(&record).map_err(|error| internal(error.to_string()))?;
-        let mut closing = closing;
+        let image = made
+            .map_err(|error| internal(error.to_string()))?
+            .map_err(|error| ApiError::new(ErrorKind::Conflict, format!("volume {name}: {error}"), ""))?;
+        let pace = Pace { with_bulk: request.bulk, is_paused: false, limit_bytes_per_s: request.bulk_rate_bytes_per_s };
+        let entry = self.begin(name, &peer.name, image, &remote, pace).map_err(internal)?;
         closing.is_armed = false;
-        let entry = self.attach(record, Arc::new(volume), &remote, remote.key);
-        self.volumes.lock().insert(name.clone(), Arc::clone(&entry));
-        self.take_over(&entry, remote.key).await?;
-        self.spawn_copy(&entry);
-        tracing::info!(volume = %name, peer = %peer.name, "the volume is owned and served here from now on");
-        Ok(())
+        drop(reserved);
+        let take = request.take || self.has_been_asked_for(name);
+        let (node, from) = (Arc::clone(self), peer.name.clone());
+        // A task of its own: it ends, whoever waits for it.
+        let begun = tokio::spawn(async move {
+            let taken = entry.custody().begin(take, timeout).await;
+            let name = entry.name.clone();
+            match &taken {
+                Ok(epoch) => {
+                    tracing::info!(volume = %name, peer = %from, %epoch, "the volume is owned and served here from now on");
+                }
+                Err(no) => {
+                    tracing::warn!(volume = %name, peer = %from, why = %no, "a relocation came to nothing");
+                    node.remember_failure(&name, api_error(&name, no));
+                }
+            }
+            taken.map(drop).map_err(|no| api_error(&name, &no))
+        });
+        match tokio::time::timeout(ANSWER_WITHIN, begun).await {
+            Ok(Ok(taken)) => taken,
+            Ok(Err(error)) => Err(internal(error.to_string())),
+            // It goes on; the status says how.
+            Err(_) => Ok(()),
+        }
     }
 
-    /// Asks the source for ownership and journals the answer. If the source cannot be reached just now, the attempt goes on by itself.
-    async fn take_over(self: &Arc<Self>, entry: &Arc<Entry>, key: VolumeKey) -> Result<(), ApiError> {
-        let record = entry.record.lock().clone();
-        let (name, epoch) = (record.name.clone(), record.epoch);
-        let Ownership::Arriving { from, .. } = &record.state else { return Ok(()) };
-        match tokio::time::timeout(PEER_TIMEOUT, self.fetch.take_over(key, epoch)).await {
-            Ok(Ok(_)) => match self.taken(entry).await {
-                Ok(true) => Ok(()),
-                Ok(false) => {
-                    let what = format!("volume {name}: the relocation was cancelled meanwhile");
-                    Err(ApiError::new(ErrorKind::Conflict, what, ""))
-                }
-                Err(error) => {
-                    let what = format!("volume {name}: {error}");
-                    Err(ApiError::new(ErrorKind::Internal, what, "restart the daemon"))
-                }
-            },
-            Ok(Err(error)) => {
-                // The source says that it did not let go: nothing has happened.
-                let refusal = refused(&name, from, &error);
-                self.forget(entry, key, true);
-                Err(refusal)
+    fn remember_failure(&self, name: &Name, error: ApiError) {
+        let mut failures = self.failures.lock();
+        if failures.len() >= MAX_FAILURES {
+            failures.pop_first();
+        }
+        // Whoever waits for it hears that it has ended, not that it could be asked for again.
+        let kind = if error.kind.is_passing() { ErrorKind::Conflict } else { error.kind };
+        failures.insert(name.clone(), ApiError { kind, ..error });
+    }
+
+    /// An NBD client asked for a volume that is not here.
+    pub(super) fn note_knock(&self, name: &Name) {
+        let mut knocks = self.knocks.lock();
+        if knocks.len() >= MAX_KNOCKS {
+            knocks.retain(|_, at| at.elapsed() < KNOCKED_WITHIN);
+        }
+        if knocks.len() < MAX_KNOCKS {
+            knocks.insert(name.clone(), Instant::now());
+        }
+    }
+
+    /// Whether a guest waits for this volume here: then the one at the source is meant to lose it.
+    fn has_been_asked_for(&self, name: &Name) -> bool {
+        self.knocks.lock().get(name).is_some_and(|at| at.elapsed() < KNOCKED_WITHIN)
+    }
+}
+
+impl Inventory {
+    /// Journals that a peer is about to be asked for a volume. [`crate::custody::Custody::begin`] asks.
+    pub fn begin(
+        self: &Arc<Self>,
+        name: &Name,
+        peer: &Name,
+        image: Image,
+        remote: &Remote,
+        pace: Pace,
+    ) -> Result<Arc<Entry>, String> {
+        let record = VolumeRecord {
+            version: VERSION,
+            name: name.clone(),
+            image: image.path().to_owned(),
+            geometry: remote.geometry,
+            incarnation: Incarnation(self.draw()),
+            generation: self.draw_generation(),
+            held: Held { epoch: Epoch(remote.epoch).next(), state: State::Asking { from: peer.clone() }, came: None },
+            source_generation: Some(Generation(remote.generation)),
+            pace,
+            is_made: image.was_made(),
+            is_read_only: remote.is_read_only,
+            noted: image.identity().ok(),
+        };
+        let volume = Volume::relocating(self.parts(&record, image), true).map_err(|error| error.to_string())?;
+        // From here on a crash finds the intent: after the restart the source is told that nothing came of it.
+        self.records.save(&record).map_err(|error| error.to_string())?;
+        let held = record.held.clone();
+        let entry = self.attach(record, Arc::new(volume), remote, remote.key);
+        entry.start(Machine::new(held), Vec::new());
+        self.volumes.lock().insert(name.clone(), Arc::clone(&entry));
+        Ok(entry)
+    }
+
+    /// A volume whose blocks are partly elsewhere, as the journal has it.
+    pub(super) fn open_arriving(self: &Arc<Self>, mut record: VolumeRecord) -> anyhow::Result<Arc<Entry>> {
+        let (State::Arriving { from } | State::GivingBack { from, .. } | State::Fenced { by: from, .. }) =
+            &record.held.state
+        else {
+            anyhow::bail!("not a relocation under way");
+        };
+        let from = from.clone();
+        let image = self.open_known(&mut record)?;
+        let volume = Volume::relocating(self.parts(&record, image), false)?;
+        let dialled = self.outside().and_then(|outside| outside.dial(&from));
+        let peer = dialled.ok_or_else(|| {
+            anyhow::anyhow!("its source {from} is not among the [[peers]] any more, or has no address; add it again")
+        })?;
+        let generation = record.source_generation.map_or(0, |generation| generation.0);
+        let key = self.fetch.attach(peer, record.name.clone(), Expected { geometry: record.geometry, generation });
+        let remote = Remote {
+            key,
+            geometry: record.geometry,
+            generation,
+            epoch: record.held.epoch.0,
+            is_read_only: record.is_read_only,
+        };
+        Ok(self.attach(record, Arc::new(volume), &remote, key))
+    }
+
+    fn attach(
+        self: &Arc<Self>,
+        record: VolumeRecord,
+        volume: Arc<Volume>,
+        remote: &Remote,
+        key: VolumeKey,
+    ) -> Arc<Entry> {
+        let timeout = self.outside().and_then(|outside| outside.demand_timeout());
+        let relocation = Arc::new(Relocation::new(self.fetch.clone(), key, remote.geometry, timeout));
+        relocation.bulk().set_paused(record.pace.is_paused);
+        relocation.bulk().set_limit(record.pace.limit_bytes_per_s);
+        relocation.apply_pace();
+        volume.set_relocation(relocation);
+        Entry::new(self, record, Disk::Open(volume, Some(key)))
+    }
+
+    pub(super) fn parts(&self, record: &VolumeRecord, image: Image) -> VolumeParts {
+        VolumeParts {
+            name: record.name.clone(),
+            incarnation: record.incarnation,
+            image: Arc::new(image),
+            geometry: record.geometry,
+            state: Arc::clone(&self.state),
+            workers: self.disk_workers.clone(),
+            // The machine admits.
+            is_owner: false,
+        }
+    }
+}
+
+impl Node {
+    /// Gives a relocation up: the source becomes the owner again.
+    pub(super) async fn cancel_relocation(
+        self: &Arc<Self>,
+        name: &Name,
+        cancel: Cancel,
+    ) -> Result<CancelAnswer, ApiError> {
+        let entry = self.known(name)?;
+        let owner = entry.custody().view().way_back;
+        let written = entry.facts();
+        let verb = Verb::Cancel { discard: cancel.discard_writes };
+        let custody = entry.custody().clone();
+        let told = tokio::spawn(async move { custody.tell(verb).await });
+        match tokio::time::timeout(PEER_TIMEOUT, told).await {
+            Ok(Ok(Ok(_))) => {
+                let owner = owner.unwrap_or_else(|| self.config.site.name.clone());
+                let discarded_bytes = if written.is_written { written.written_bytes } else { 0 };
+                Ok(CancelAnswer { discarded_bytes, owner })
             }
+            Ok(Ok(Err(no))) => Err(api_error(name, &no)),
+            Ok(Err(error)) => Err(ApiError::new(ErrorKind::Internal, error.to_string(), "")),
             Err(_) => {
-                // It may have let go: the question stays open until it is answered.
-                let (node, entry) = (Arc::clone(self), Arc::clone(entry));
-                tokio::spawn(async move { node.finish_take_over(&entry, key).await });
+                let from = owner.map_or_else(|| "the source".to_owned(), |from| from.to_string());
                 Err(ApiError::new(
                     ErrorKind::Unavailable,
-                    format!("volume {name}: {from} has not answered the hand-over yet"),
+                    format!("volume {name} is given up here, but {from} has not heard of it yet"),
                     format!("it goes on by itself when {from} answers; see `blockferry status {name}`"),
                 ))
             }
         }
     }
 
-    async fn finish_take_over(self: &Arc<Self>, entry: &Arc<Entry>, key: VolumeKey) {
-        let epoch = entry.record.lock().epoch;
-        let mut stop = entry.stop.subscribe();
-        let answer = tokio::select! {
-            answer = until_final(|| self.fetch.take_over(key, epoch)) => answer,
-            _ = stop.wait_for(|stop| *stop) => return,
-        };
-        match answer {
-            Ok(_) => match self.taken(entry).await {
-                Ok(true) => self.spawn_copy(entry),
-                Ok(false) => {}
-                Err(error) => *entry.trouble.lock() = Some(error.to_string()),
-            },
-            Err(error) => *entry.trouble.lock() = Some(error.to_string()),
-        }
-    }
-
-    /// The source let go. Returns whether this site is the owner now: not if the relocation was given up while it was
-    /// asked.
-    async fn taken(&self, entry: &Entry) -> Result<bool, super::record::RecordError> {
-        let _turn = entry.turn.lock().await;
-        let mut record = entry.record.lock().clone();
-        match &mut record.state {
-            Ownership::Arriving { is_taken, is_given_back: false, .. } => *is_taken = true,
-            _ => return Ok(false),
-        }
-        self.save(entry, record)?;
-        entry.volume.unfence();
-        Ok(true)
-    }
-
-    /// Goes on with a relocation after a restart: the volume is served at once, blocks come when the peer can be reached.
-    pub(super) fn restore_arriving(self: &Arc<Self>, record: VolumeRecord) -> anyhow::Result<Arc<Entry>> {
-        let Ownership::Arriving { from, source_generation, is_taken, is_given_back, .. } = &record.state else {
-            anyhow::bail!("not a relocation under way");
-        };
-        let (from, generation, is_taken, is_given_back) = (from.clone(), *source_generation, *is_taken, *is_given_back);
-        let image = Image::open_write(&record.image)?;
-        self.check_size(&record, &image)?;
-        let is_owner = is_taken && !is_given_back;
-        let volume = Volume::relocating(self.parts(&record, image, is_owner), false)?;
-        let peer = self.ensure_dialled(&from).ok_or_else(|| {
-            anyhow::anyhow!("its source {from} is not among the [[peers]] any more, or has no address; add it again")
-        })?;
-        let expected = Expected { geometry: record.geometry, generation };
-        let key = self.fetch.attach(peer, record.name.clone(), expected);
-        let remote = Remote { key, geometry: record.geometry, generation, epoch: record.epoch };
-        let entry = self.attach(record, Arc::new(volume), &remote, key);
-        let (node, task) = (Arc::clone(self), Arc::clone(&entry));
-        if is_given_back {
-            tokio::spawn(async move { node.finish_giving_back(&task, key).await });
-        } else if is_taken {
-            self.spawn_copy(&entry);
-        } else {
-            tokio::spawn(async move { node.finish_take_over(&task, key).await });
-        }
-        Ok(entry)
-    }
-
-    fn attach(&self, record: VolumeRecord, volume: Arc<Volume>, remote: &Remote, key: VolumeKey) -> Arc<Entry> {
-        let timeout = match self.config.demand.timeout {
-            Patience::Forever => None,
-            Patience::For(timeout) => Some(timeout),
-        };
-        let relocation = Arc::new(Relocation::new(self.fetch.clone(), key, remote.geometry, timeout));
-        if let Ownership::Arriving { is_paused, limit_bytes_per_s, .. } = &record.state {
-            relocation.bulk().set_paused(*is_paused);
-            relocation.bulk().set_limit(*limit_bytes_per_s);
-            relocation.apply_pace();
-        }
-        volume.set_relocation(relocation);
-        Entry::new(record, volume)
-    }
-
-    fn spawn_copy(self: &Arc<Self>, entry: &Arc<Entry>) {
-        let with_bulk = matches!(entry.record.lock().state, Ownership::Arriving { with_bulk: true, .. });
-        let (node, entry) = (Arc::clone(self), Arc::clone(entry));
-        tokio::spawn(async move {
-            let mut stop = entry.stop.subscribe();
-            let copied = tokio::select! {
-                copied = run_bulk(Arc::clone(&entry.volume), with_bulk) => copied,
-                _ = stop.wait_for(|stop| *stop) => return,
-            };
-            if let Err(error) = copied {
-                tracing::error!(volume = %entry.volume.name(), %error, "the copy has ended before it was complete");
-                *entry.trouble.lock() = Some(error.to_string());
-                return;
-            }
-            node.arrived(&entry).await;
+    /// A person's decision that the other side is lost for good.
+    pub(super) async fn reclaim_volume(
+        self: &Arc<Self>,
+        name: &Name,
+        reclaim: Reclaim,
+    ) -> Result<ReclaimAnswer, ApiError> {
+        let entry = self.known(name)?;
+        let before = entry.record();
+        let absent_bytes = entry.volume().ok().map(|volume| {
+            let snapshot = volume.snapshot();
+            snapshot.absent_blocks * u64::from(before.geometry.block_size.bytes())
         });
-    }
-
-    /// Every block is here, durably. The journal says so before anything that proves it is dropped.
-    async fn arrived(self: &Arc<Self>, entry: &Arc<Entry>) {
-        let turn = entry.turn.lock().await;
-        let mut record = entry.record.lock().clone();
-        let Ownership::Arriving { from, is_given_back: false, .. } = record.state.clone() else { return };
-        record.state = Ownership::Arrived { from: from.clone(), is_released: false };
-        let epoch = record.epoch;
-        if let Err(error) = self.save(entry, record) {
-            tracing::error!(volume = %entry.volume.name(), %error, "the volume is complete, but that could not be recorded");
-            *entry.trouble.lock() = Some(error.to_string());
-            return;
-        }
-        // From here on others may fetch it from us.
-        let (node, of) = (Arc::clone(self), Arc::clone(entry));
-        let begun = tokio::task::spawn_blocking(move || -> Result<(), String> {
-            of.volume.forget_journal().map_err(|error| error.to_string())?;
-            node.begin_source(&of).map_err(|error| error.to_string())
-        });
-        if let Err(why) = begun.await.unwrap_or_else(|error| Err(error.to_string())) {
-            tracing::error!(volume = %entry.volume.name(), why, "the volume is complete, but no peer can fetch it from here");
-            *entry.trouble.lock() = Some(why);
-        }
-        drop(turn);
-        tracing::info!(volume = %entry.volume.name(), "every block is here");
-        self.tell_source_later(entry, from, epoch);
-    }
-
-    /// Tells the source that it may let go, until it has heard.
-    pub(super) fn tell_source_later(self: &Arc<Self>, entry: &Arc<Entry>, from: Name, epoch: u64) {
-        let (node, entry) = (Arc::clone(self), Arc::clone(entry));
-        tokio::spawn(async move {
-            let mut stop = entry.stop.subscribe();
-            let told = node.tell_source(&entry, &from, epoch);
-            tokio::select! {
-                () = told => {}
-                _ = stop.wait_for(|stop| *stop) => {}
-            }
-        });
-    }
-
-    async fn tell_source(self: &Arc<Self>, entry: &Arc<Entry>, from: &Name, epoch: u64) {
-        let name = entry.volume.name().clone();
-        loop {
-            let told = async {
-                let peer = self.ensure_dialled(from).ok_or(FetchError::UnknownPeer)?;
-                // Opened for this: a source that has no such volume any more says so.
-                let open = self.fetch.open(peer, name.clone()).await?.key;
-                let told = tokio::time::timeout(PEER_TIMEOUT, self.fetch.completed(open, epoch)).await;
-                self.fetch.close(open);
-                told.unwrap_or(Err(FetchError::Gone))
-            };
-            match told.await {
-                Ok(_) => break,
-                // It heard, its answer was lost, and it has let go since.
-                Err(FetchError::Refused { refusal: Refusal::UnknownVolume | Refusal::NotOwner, .. }) => break,
-                Err(error) => {
-                    tracing::warn!(volume = %name, peer = %from, %error, "the source does not know yet that it may let go");
-                    tokio::time::sleep(TELL_AGAIN).await;
-                }
-            }
-        }
-        let _turn = entry.turn.lock().await;
-        let mut record = entry.record.lock().clone();
-        if let Ownership::Arrived { is_released, .. } = &mut record.state {
-            *is_released = true;
-            if let Err(error) = self.save(entry, record) {
-                tracing::warn!(volume = %name, %error, "that the source let go could not be recorded");
-            }
-        }
-        if let Some(relocation) = entry.volume.relocation() {
-            self.fetch.close(relocation.key());
-        }
-    }
-
-    /// Gives a relocation up: the source becomes the owner again.
-    pub(super) async fn cancel_relocation(self: &Arc<Self>, name: &Name) -> Result<(), ApiError> {
-        let entry = self.served(name)?;
-        let turn = entry.turn.lock().await;
-        let mut record = entry.record.lock().clone();
-        let Ownership::Arriving { from, is_given_back, .. } = &mut record.state else {
-            return Err(ApiError::new(
-                ErrorKind::Conflict,
-                format!("volume {name} is not being relocated to this site"),
-                format!("see `blockferry status {name}`"),
-            ));
+        let custody = entry.custody().clone();
+        let epoch = Epoch(reclaim.epoch);
+        let told = tokio::spawn(async move { custody.tell(Verb::Reclaim { epoch }).await });
+        let epoch = match told.await {
+            Ok(Ok(epoch)) => epoch,
+            Ok(Err(no)) => return Err(api_error(name, &no)),
+            Err(error) => return Err(ApiError::new(ErrorKind::Internal, error.to_string(), "")),
         };
-        let from = from.clone();
-        let is_repeated = std::mem::replace(is_given_back, true);
-        let was_owner = entry.volume.is_owner();
-        let written = || {
-            ApiError::new(
-                ErrorKind::Refused,
-                format!("volume {name} was written here since it is relocated; cancelling would lose those writes"),
-                "let it complete; then relocate it back",
-            )
+        let (lost, lost_bytes, fenced) = match before.held.state {
+            State::Released { to, .. } => (
+                vec![
+                    format!(
+                        "what guests wrote to {name} at {to} since the hand-over at epoch {} is lost, how much is not known here",
+                        before.held.epoch
+                    ),
+                    format!("{name} is what it was at {} when it was handed over", self.config.site.name),
+                ],
+                None,
+                Some(to),
+            ),
+            State::Asking { from } | State::GivingBack { from, was_owner: false, .. } => {
+                (vec![format!("nothing of {name} had come from {from}: the name is free here")], Some(0), None)
+            }
+            State::Arriving { from } | State::GivingBack { from, is_complete: false, .. } => (
+                vec![format!("blocks of {name} that never came from {from} read as zeros from now on")],
+                absent_bytes,
+                Some(from),
+            ),
+            State::Fenced { by, is_complete: false } => (
+                vec![format!("blocks of {name} that never came, and what guests wrote at {by}, are lost")],
+                absent_bytes,
+                Some(by),
+            ),
+            State::GivingBack { from: by, .. } | State::Fenced { by, .. } => {
+                (vec![format!("what guests wrote to {name} at {by} meanwhile is lost")], None, Some(by))
+            }
+            State::Owned => (Vec::new(), Some(0), None),
         };
-        // Before the fence: it would fail the guest's writes meanwhile, and wait for those that wait for the peer.
-        if entry.volume.has_guest_writes() {
-            return Err(written());
-        }
-        let fenced = entry.volume.fence().await;
-        if fenced.is_err() || entry.volume.has_guest_writes() {
-            if was_owner {
-                entry.volume.unfence();
-            }
-            return Err(match fenced {
-                Err(error) => {
-                    ApiError::new(ErrorKind::Internal, format!("volume {name}: {error}"), "nothing was cancelled")
-                }
-                Ok(()) => written(),
-            });
-        }
-        if !is_repeated {
-            self.save(&entry, record).map_err(|error| {
-                ApiError::new(ErrorKind::Internal, format!("volume {name}: {error}"), "nothing was cancelled")
-            })?;
-        }
-        let _ = entry.stop.send(true);
-        let Some(key) = entry.volume.relocation().map(|relocation| relocation.key()) else { return Ok(()) };
-        let epoch = entry.record.lock().epoch;
-        match tokio::time::timeout(PEER_TIMEOUT, self.fetch.give_back(key, epoch)).await {
-            Ok(Ok(_)) => {
-                self.forget(&entry, key, true);
-                Ok(())
-            }
-            Ok(Err(error)) => Err(refused(name, &from, &error)),
-            Err(_) => {
-                drop(turn);
-                let (node, entry) = (Arc::clone(self), Arc::clone(&entry));
-                tokio::spawn(async move { node.finish_giving_back(&entry, key).await });
-                Err(ApiError::new(
-                    ErrorKind::Unavailable,
-                    format!("volume {name} is given up here, but {from} has not heard of it yet"),
-                    format!("it goes on by itself when {from} answers"),
-                ))
-            }
-        }
-    }
-
-    async fn finish_giving_back(self: &Arc<Self>, entry: &Arc<Entry>, key: VolumeKey) {
-        let epoch = entry.record.lock().epoch;
-        match until_final(|| self.fetch.give_back(key, epoch)).await {
-            Ok(_) => self.forget(entry, key, true),
-            Err(error) => *entry.trouble.lock() = Some(error.to_string()),
-        }
-    }
-
-    /// Drops a volume that this site does not own, and the file that was made for it.
-    fn forget(&self, entry: &Arc<Entry>, key: VolumeKey, with_file: bool) {
-        let record = entry.record.lock().clone();
-        let _ = entry.stop.send(true);
-        self.fetch.close(key);
-        if let Err(error) = self.records.delete(&record.name) {
-            tracing::error!(volume = %record.name, %error, "the volume's record could not be deleted");
-            *entry.trouble.lock() = Some(error.to_string());
-            return;
-        }
-        self.volumes.lock().remove(&record.name);
-        if with_file
-            && !entry.volume.image().is_block_device()
-            && let Err(error) = std::fs::remove_file(&record.image)
-        {
-            tracing::warn!(volume = %record.name, %error, "the file of a volume that was given up is left over");
-        }
+        tracing::warn!(volume = %name, %epoch, lost = lost.join("; "), "a person reclaimed the volume");
+        Ok(ReclaimAnswer { epoch: epoch.0, lost, lost_bytes, fenced })
     }
 
     fn prepare_default_image(&self, name: &Name) -> Result<PathBuf, ApiError> {
@@ -386,18 +313,7 @@ impl Node {
         Ok(path)
     }
 
-    fn parts(&self, record: &VolumeRecord, image: Image, is_owner: bool) -> VolumeParts {
-        VolumeParts {
-            name: record.name.clone(),
-            image: Arc::new(image),
-            geometry: record.geometry,
-            state: Arc::clone(&self.state),
-            workers: self.disk_workers.clone(),
-            is_owner,
-        }
-    }
-
-    fn unreachable(&self, name: &Name, peer: &Name, key: crate::fetch::PeerKey) -> ApiError {
+    fn unreachable(&self, name: &Name, peer: &Name, key: PeerKey) -> ApiError {
         let dialling = self.links.lock().get(&key).and_then(|link| link.last_error()).map(|error| error.to_string());
         let why = dialling.unwrap_or_else(|| "it does not answer".into());
         ApiError::new(
@@ -408,12 +324,13 @@ impl Node {
     }
 }
 
-/// Asks until the answer is one that will not change by itself.
-async fn until_final<F: Future<Output = Result<u64, FetchError>>>(ask: impl Fn() -> F) -> Result<u64, FetchError> {
-    loop {
-        match ask().await {
-            Err(FetchError::Refused { refusal, .. }) if refusal.is_transient() => tokio::time::sleep(TELL_AGAIN).await,
-            answer => return answer,
+fn timeout_of(name: &Name, timeout_s: Option<f64>) -> Result<Duration, ApiError> {
+    match timeout_s {
+        None => Ok(DEFAULT_HANDOVER_TIMEOUT),
+        Some(seconds) if seconds > 0.0 && seconds <= 1e9 => Ok(Duration::from_secs_f64(seconds)),
+        Some(seconds) => {
+            let what = format!("volume {name}: a hand-over cannot take at most {seconds} s");
+            Err(ApiError::new(ErrorKind::Invalid, what, "give it more than 0 s"))
         }
     }
 }
@@ -431,15 +348,4 @@ impl Drop for Closing<'_> {
             self.node.fetch.close(self.key);
         }
     }
-}
-
-fn refused(name: &Name, peer: &Name, error: &FetchError) -> ApiError {
-    let kind = match error {
-        FetchError::Refused { refusal: Refusal::UnknownVolume, .. } => ErrorKind::NotFound,
-        FetchError::Refused { refusal: Refusal::NotOwner | Refusal::Busy, .. } => ErrorKind::Conflict,
-        FetchError::Refused { refusal: Refusal::ShuttingDown, .. } => ErrorKind::Unavailable,
-        FetchError::Refused { .. } | FetchError::Inconsistent { .. } => ErrorKind::Refused,
-        FetchError::Gone | FetchError::UnknownPeer => ErrorKind::Internal,
-    };
-    ApiError::new(kind, format!("volume {name}: {error}"), format!("nothing was begun; see the log of {peer}"))
 }

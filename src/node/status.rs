@@ -1,19 +1,23 @@
 //! Puts into the API's words what the site knows of its volumes. Must not change anything.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use super::record::Ownership;
-use super::{Entry, Node};
+use super::Node;
+use super::entry::Entry;
+use super::record::VolumeRecord;
 use crate::control::{
-    BlockCounts, BulkStatus, LatencyMs, LinkState, LinkStatus, MovedBytes, PeerStatus, Phase, ReadBytes, Role,
+    BlockCounts, BulkStatus, LatencyMs, LinkState, LinkStatus, MovedBytes, Owed, PeerStatus, Phase, ReadBytes, Role,
     VolumeStatus, WireBytes,
 };
 use crate::core::ids::Name;
 use crate::core::manifest::Geometry;
+use crate::custody::View;
 use crate::fetch::{PeerKey, PeerView, Waiting};
-use crate::volume::{BulkState, Snapshot};
+use crate::handover::{Held, State};
+use crate::volume::{BulkState, Snapshot, Volume};
 
 /// How fast blocks become present, smoothed over some seconds.
 #[derive(Debug, Default)]
@@ -45,48 +49,57 @@ impl RateMeter {
 }
 
 /// Who is who in a relocation, as seen from this site.
-pub(super) struct Sides {
-    pub(super) role: Role,
-    pub(super) owner: Name,
-    pub(super) peer: Option<Name>,
+struct Sides {
+    role: Role,
+    owner: Name,
+    peer: Option<Name>,
 }
 
-pub(super) fn sides(here: &Name, state: &Ownership) -> Sides {
-    let (role, owner, peer) = match state {
-        Ownership::Owned => (Role::Source, here, None),
-        Ownership::Released { to, .. } => (Role::Source, to, Some(to)),
-        Ownership::Arriving { from, is_taken: true, is_given_back: false, .. } => (Role::Destination, here, Some(from)),
-        Ownership::Arriving { from, .. } => (Role::Destination, from, Some(from)),
-        Ownership::Arrived { from, .. } => (Role::Destination, here, Some(from)),
+fn sides(here: &Name, held: &Held) -> Sides {
+    let (role, owner, peer) = match &held.state {
+        State::Owned => match &held.came {
+            Some(came) if came.epoch == held.epoch => (Role::Destination, here, Some(&came.from)),
+            _ => (Role::Source, here, None),
+        },
+        State::Released { to, .. } => (Role::Source, to, Some(to)),
+        State::Asking { from } | State::GivingBack { from, .. } => (Role::Destination, from, Some(from)),
+        State::Arriving { from } => (Role::Destination, here, Some(from)),
+        State::Fenced { by, .. } => (Role::Destination, by, Some(by)),
     };
     Sides { role, owner: owner.clone(), peer: peer.cloned() }
 }
 
 impl Node {
-    pub(super) fn describe(&self, entry: &Entry) -> VolumeStatus {
-        let record = entry.record.lock().clone();
-        let snapshot = entry.volume.snapshot();
-        let Sides { role, owner, peer } = sides(&self.config.site.name, &record.state);
-        let view = peer.as_ref().and_then(|peer| self.view_of(peer));
-        let (phase, phase_reason) = self.phase(entry, &record.state, view.as_ref());
+    pub(super) fn describe(&self, entry: &Arc<Entry>) -> VolumeStatus {
+        let (record, view) = (entry.record(), entry.custody().view());
+        let volume = entry.volume();
+        let snapshot = match &volume {
+            Ok(volume) => volume.snapshot(),
+            // Nothing can be read here now, whatever is in the file.
+            Err(_) => Snapshot::unknown(record.geometry.blocks()),
+        };
+        let Sides { role, owner, peer } = sides(&self.config.site.name, &record.held);
+        let link = peer.as_ref().and_then(|peer| self.view_of(peer));
+        let (phase, phase_reason) = self.phase(entry, &record, &view, &volume, link.as_ref());
         let moved = &snapshot.moved;
         let rate = entry.rate.bytes_per_s();
         let missing = snapshot.absent_blocks * u64::from(record.geometry.block_size.bytes());
-        let relocation = entry.volume.relocation();
-        let is_arriving = matches!(record.state, Ownership::Arriving { .. });
+        let relocation = volume.as_ref().ok().and_then(|volume| volume.relocation());
+        let is_arriving = matches!(record.held.state, State::Asking { .. } | State::Arriving { .. });
+        let owed = self.owed_of(Some(&record.name)).into_iter();
         VolumeStatus {
             role,
             phase,
             phase_reason,
             owner,
-            epoch: record.epoch,
+            epoch: record.held.epoch.0,
             image: record.image.clone(),
             size_bytes: record.geometry.size_bytes,
             block_size_bytes: record.geometry.block_size.bytes(),
             blocks: BlockCounts {
                 total: snapshot.total_blocks,
                 absent: snapshot.absent_blocks,
-                present: snapshot.total_blocks - snapshot.absent_blocks - snapshot.written_blocks,
+                present: snapshot.total_blocks.saturating_sub(snapshot.absent_blocks + snapshot.written_blocks),
                 written: snapshot.written_blocks,
                 partial: snapshot.partial_blocks,
             },
@@ -127,59 +140,113 @@ impl Node {
             link: peer.as_ref().map(|peer| self.link_status(peer)),
             peer,
             nbd_clients: entry.clients(),
+            read_only: self.is_read_only(entry),
+            guest_written_bytes: volume.as_ref().map_or(0, |volume| match view.way_back {
+                Some(_) => volume.guest_written_bytes(),
+                None => 0,
+            }),
+            owed: owed.map(|owed| Owed { peer: owed.peer, what: owed.what, since_epoch: owed.since_epoch }).collect(),
             name: record.name,
         }
     }
 
-    fn phase(&self, entry: &Entry, state: &Ownership, view: Option<&PeerView>) -> (Phase, String) {
+    fn phase(
+        &self,
+        entry: &Entry,
+        record: &VolumeRecord,
+        view: &View,
+        volume: &Result<Arc<Volume>, String>,
+        link: Option<&PeerView>,
+    ) -> (Phase, String) {
         let trouble = entry.trouble.lock().clone();
-        match state {
-            Ownership::Owned => (Phase::Owned, trouble.unwrap_or_default()),
-            Ownership::Released { to, is_completed: false } => (Phase::Released, format!("{to} is fetching it")),
-            Ownership::Released { to, is_completed: true } => {
-                (Phase::Released, format!("{to} has all of it; `volume remove` lets go of it here"))
-            }
-            Ownership::Arrived { is_released: true, .. } => (Phase::ReleasedFromSource, trouble.unwrap_or_default()),
-            Ownership::Arrived { from, .. } => (Phase::Complete, format!("{from} is yet to hear of it")),
-            Ownership::Arriving { .. } if trouble.is_some() => (Phase::Failed, trouble.unwrap_or_default()),
-            Ownership::Arriving { is_given_back: true, from, .. } => {
-                (Phase::Connecting, format!("being given back to {from}"))
-            }
-            Ownership::Arriving { is_taken: false, from, .. } => {
-                (Phase::Connecting, format!("waiting for {from} to hand it over"))
-            }
-            Ownership::Arriving { from, with_bulk, .. } => {
-                let down = view.filter(|view| !view.is_up);
-                let relocation = entry.volume.relocation();
-                let waiting = relocation.as_ref().and_then(|r| self.waiting.lock().get(&r.key()).cloned());
-                let reads = match relocation.as_ref().map_or(0, |relocation| relocation.waiting_demands()) {
-                    0 => String::new(),
-                    reads => format!("; guest reads that wait: {reads}"),
+        let (held, owed) = (&record.held, self.debts.list(Some(&record.name)));
+        if view.is_unsure {
+            let why =
+                "its last change of owner cannot be written to the state database; no write is admitted until it is";
+            return (Phase::Failed, why.into());
+        }
+        match &held.state {
+            State::Asking { from } => {
+                let why = match trouble {
+                    Some(trouble) => format!("waiting for {from} to hand it over: {trouble}"),
+                    None => format!("waiting for {from} to hand it over: it writes back its cache first"),
                 };
-                let bulk = relocation.as_ref().map(|r| (r.bulk().state(), r.bulk().is_paused()));
-                match bulk {
-                    Some((BulkState::Failed(why), _)) => (Phase::Failed, why),
-                    Some((BulkState::Waiting(why), _)) => (Phase::Stalled, why),
-                    _ if view.is_none() || down.is_some() => {
-                        // What the dialling says is newer than what the last connection died of.
-                        let newest = down.and_then(|view| view.last_error.clone());
-                        let why = match waiting {
-                            Some(waiting) => {
-                                Waiting { why: newest.unwrap_or(waiting.why.clone()), ..waiting }.to_string()
-                            }
-                            None => format!("{from} cannot be reached: {}", newest.unwrap_or_default()),
-                        };
-                        (Phase::Stalled, format!("{why}{reads}"))
-                    }
-                    _ if let Some(waiting) = waiting => (Phase::Stalled, format!("{waiting}{reads}")),
-                    Some((_, true)) => (Phase::Paused, "paused by hand; `resume` lets it go on".into()),
-                    _ if let Some(why) = relocation.and_then(|relocation| relocation.refusal()) => (Phase::Failed, why),
-                    _ if !with_bulk => {
-                        (Phase::Copying, "without a background copy: blocks come when they are read".into())
-                    }
-                    _ => (Phase::Copying, String::new()),
-                }
+                return (Phase::Connecting, why);
             }
+            State::GivingBack { from, .. } => {
+                let why = trouble.map_or(String::new(), |trouble| format!(": {trouble}"));
+                return (Phase::GivingBack, format!("{from} is yet to take it back{why}"));
+            }
+            State::Fenced { by, .. } => {
+                let why = format!(
+                    "{by} owns it since epoch {} by a person's decision; `volume remove` lets go of what is here, which stays in its file",
+                    held.epoch
+                );
+                return (Phase::Fenced, why);
+            }
+            State::Released { to, is_completed: false } => {
+                let why = match volume {
+                    Ok(_) => format!("{to} is fetching it"),
+                    Err(why) => format!(
+                        "{to} is fetching it, and it cannot be served: {why}; when it is mended, restart the daemon"
+                    ),
+                };
+                return (Phase::Released, why);
+            }
+            State::Released { to, is_completed: true } => {
+                return (Phase::Released, format!("{to} has all of it; `volume remove` lets go of it here"));
+            }
+            State::Owned | State::Arriving { .. } => {}
+        }
+        let volume = match volume {
+            Ok(volume) => volume,
+            Err(why) => {
+                return (Phase::Failed, format!("it cannot be served: {why}; when it is mended, restart the daemon"));
+            }
+        };
+        let State::Arriving { from } = &held.state else {
+            let handing = view.handing_over_to.as_ref().map(|to| format!("it is being handed over to {to}"));
+            let why = trouble.or(handing).unwrap_or_default();
+            let owes = owed.iter().find(|(_, debt)| debt.what == crate::handover::Owed::Completed);
+            return match (&held.came, owes) {
+                (Some(came), owes) if came.epoch == held.epoch => match owes {
+                    Some((_, debt)) => (Phase::Complete, format!("{} is yet to hear of it", debt.peer)),
+                    None => (Phase::ReleasedFromSource, why),
+                },
+                _ => (Phase::Owned, why),
+            };
+        };
+        if let Some(trouble) = trouble {
+            return (Phase::Failed, trouble);
+        }
+        let down = link.filter(|link| !link.is_up);
+        let relocation = volume.relocation();
+        let waiting = relocation.as_ref().and_then(|r| self.waiting.lock().get(&r.key()).cloned());
+        let reads = match relocation.as_ref().map_or(0, |relocation| relocation.waiting_demands()) {
+            0 => String::new(),
+            reads => format!("; guest reads that wait: {reads}"),
+        };
+        let bulk = relocation.as_ref().map(|r| (r.bulk().state(), r.bulk().is_paused()));
+        match bulk {
+            Some((BulkState::Failed(why), _)) => (Phase::Failed, why),
+            Some((BulkState::Waiting(why), _)) => (Phase::Stalled, why),
+            _ if link.is_none() || down.is_some() => {
+                // What the dialling says is newer than what the last connection died of.
+                let newest = down.and_then(|view| view.last_error.clone());
+                let why = match waiting {
+                    Some(waiting) => Waiting { why: newest.unwrap_or(waiting.why.clone()), ..waiting }.to_string(),
+                    None => format!("{from} cannot be reached: {}", newest.unwrap_or_default()),
+                };
+                (Phase::Stalled, format!("{why}{reads}"))
+            }
+            _ if let Some(waiting) = waiting => (Phase::Stalled, format!("{waiting}{reads}")),
+            Some((_, true)) => (Phase::Paused, "paused by hand; `resume` lets it go on".into()),
+            _ if let Some(why) = relocation.and_then(|relocation| relocation.refusal()) => (Phase::Failed, why),
+            _ if !record.pace.with_bulk => (
+                Phase::Copying,
+                "without a background copy: blocks come when they are read; `resume` begins one".into(),
+            ),
+            _ => (Phase::Copying, String::new()),
         }
     }
 

@@ -104,7 +104,9 @@ fn step(background: &mut Background) {
     };
     *from = PageIndex(page.0 + 1);
     if let Err(error) = volume.manifest.hash_page(page) {
-        tracing::warn!(volume = %volume.name, %error, "hashing in the background stops");
+        if !matches!(error, SourceError::Gone { .. }) {
+            tracing::warn!(volume = %volume.name, %error, "hashing in the background stops");
+        }
         background.swap_remove(0);
     }
 }

@@ -6,14 +6,18 @@ mod manifest;
 mod queue;
 mod session;
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
 
-use crate::core::ids::{BlockIndex, Name};
+use crate::core::ids::{BlockId, BlockIndex, Incarnation, Name, Nonce};
 use crate::core::manifest::Geometry;
 use crate::core::wire::Refusal;
+use crate::handover::{Answer, Question};
 use crate::image::{Image, ImageError};
+use crate::store::{State, StateBatch, StateError};
 
 pub use hasher::Hasher;
 pub use manifest::Manifest;
@@ -34,20 +38,29 @@ pub struct SourceVolume {
     pub generation: u64,
 }
 
-/// A refusal with its explanation for the peer.
-pub type Refused = (Refusal, String);
+/// A refusal for the peer: why, the epoch that holds here (0: none), and words.
+pub type Refused = (Refusal, u64, String);
 
-/// What the source asks of the site: who may have what, and who owns it. Implemented where all is put together.
+/// A volume that a peer may fetch.
+#[derive(Clone, Debug)]
+pub struct Offered {
+    /// Where its blocks come from.
+    pub source: Arc<SourceVolume>,
+    /// The epoch that holds here.
+    pub epoch: u64,
+    /// Whether its guests may only read it.
+    pub is_read_only: bool,
+}
+
+/// What a session asks of the site: who may have what, and who owns it. Implemented where all is put together.
 pub trait Catalog: Send + Sync + 'static {
-    /// The volume and the epoch at which this site owns it, if `peer` was granted it.
-    fn open(&self, peer: &Name, volume: &Name) -> Result<(Arc<SourceVolume>, u64), Refused>;
-    /// Moves ownership to `peer`: no write is admitted from here on, those under way have ended and are durable, and the new
-    /// epoch is journalled, before this returns. Asking again gives the same answer.
-    fn take_over<'a>(&'a self, peer: &'a Name, volume: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>>;
-    /// The peer has every block: the volume is released.
-    fn completed<'a>(&'a self, peer: &'a Name, volume: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>>;
-    /// The peer gives the volume back unwritten.
-    fn give_back<'a>(&'a self, peer: &'a Name, volume: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>>;
+    /// The volume, if `peer` may have it.
+    fn open(&self, peer: &Name, volume: &Name) -> Result<Offered, Refused>;
+    /// A question about who owns a volume. It counts as asked when this returns, so that questions are handled in the order in which they
+    /// came; the answer follows. Dropping that tells that nobody waits any more.
+    fn ask(&self, peer: &Name, volume: &Name, question: Question) -> BoxFuture<'static, Answer>;
+    /// A peer says which instance it is; why it is turned away, if it is not the one that was here.
+    fn greet(&self, peer: &Name, address: Option<SocketAddr>, last: Nonce, next: Nonce) -> Result<(), String>;
 }
 
 /// Why a source could not answer.
@@ -56,13 +69,21 @@ pub enum SourceError {
     /// Reading failed.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// Somebody writes the image that is being relocated.
+    /// Somebody changed the image after it was released.
     #[error(
-        "image {path}: was changed by somebody else while it was being read as a static image; stop that writer and relocate again"
+        "image {path}: was changed by somebody else: {what}; stop that writer and put the image back as it was, or cancel the relocation at its destination"
     )]
     Changed {
         /// The image.
         path: std::path::PathBuf,
+        /// Which block, and how that is known.
+        what: String,
+    },
+    /// The volume was removed, or is served anew.
+    #[error("volume {volume} is not served as it was opened any more; open it again")]
+    Gone {
+        /// Which.
+        volume: Name,
     },
     /// The state database failed.
     #[error("the ids of volume {volume} could not be kept: {source}")]
@@ -74,30 +95,50 @@ pub enum SourceError {
     },
 }
 
+/// Deletes what is kept of images that none of `known` is: of volumes that are gone, and by names, as earlier versions did.
+pub fn forget_strangers(state: &dyn State, known: &[Incarnation]) -> Result<(), StateError> {
+    let mut strangers = BTreeSet::new();
+    let is_known = |key: &[u8]| known.iter().any(|of| key.starts_with(format!("hash/{of}/").as_bytes()));
+    state.scan(b"hash/", &mut |key, _| {
+        if !is_known(key) {
+            let end = key.iter().skip(5).position(|byte| *byte == b'/').map_or(key.len(), |at| at + 6);
+            strangers.insert(key[..end].to_vec());
+        }
+        true
+    })?;
+    let mut batch = StateBatch::default();
+    strangers.into_iter().for_each(|prefix| batch.delete_prefix(prefix));
+    if batch.is_empty() { Ok(()) } else { state.write_batch(batch, true) }
+}
+
 impl SourceError {
     /// What the peer is told.
     pub fn refusal(&self) -> Refusal {
         match self {
             SourceError::Image(ImageError::Shorter { .. }) | SourceError::Changed { .. } => Refusal::ImageChanged,
             SourceError::Image(_) => Refusal::ReadFailed,
+            SourceError::Gone { .. } => Refusal::UnknownVolume,
             SourceError::State { .. } => Refusal::Internal,
         }
     }
 }
 
 impl SourceVolume {
-    /// Reads one block, checking that the image is still what was hashed.
-    pub fn read_block(&self, block: BlockIndex) -> Result<Vec<u8>, SourceError> {
-        let mut bytes = vec![0; self.geometry.len_of(block) as usize];
-        self.image.read_at(self.geometry.offset_of(block), &mut bytes)?;
+    /// One block and its id; no bytes for one of zeros. Of a released image, only what was announced of it.
+    pub fn read_block(&self, block: BlockIndex) -> Result<(BlockId, Option<Vec<u8>>), SourceError> {
+        let (offset, len_bytes) = (self.geometry.offset_of(block), self.geometry.len_of(block));
+        // An image that is written has holes where data is not written back; a released one was synced.
+        let is_hole =
+            self.manifest.is_released() && self.image.is_hole(offset..offset + u64::from(len_bytes)).unwrap_or(false);
+        if is_hole {
+            self.manifest.admit(block, BlockId::ZERO)?;
+            return Ok((BlockId::ZERO, None));
+        }
+        let mut bytes = vec![0; len_bytes as usize];
+        self.image.read_at(offset, &mut bytes)?;
+        let id = BlockId::of(&bytes);
         // After the read: a change before it shows, a change after it does not matter to these bytes.
-        self.manifest.check_unchanged()?;
-        Ok(bytes)
-    }
-
-    /// Whether a block is known to be zero without reading it.
-    pub fn is_hole(&self, block: BlockIndex) -> Result<bool, SourceError> {
-        let offset = self.geometry.offset_of(block);
-        Ok(self.image.is_hole(offset..offset + u64::from(self.geometry.len_of(block)))?)
+        self.manifest.admit(block, id)?;
+        Ok((id, (!id.is_zero()).then_some(bytes)))
     }
 }

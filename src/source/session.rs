@@ -14,11 +14,12 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::queue::{Item, Promoted, SendQueue};
-use super::{Catalog, Hasher, SourceVolume};
+use super::{Catalog, Hasher, Offered, SourceVolume};
 use crate::core::frame::Frame;
-use crate::core::ids::{BlockId, Class, Name};
+use crate::core::ids::{Class, Name};
 use crate::core::manifest::PageIndex;
 use crate::core::wire::{Control, Data, MAX_ROOTS_PER_MESSAGE, Refusal, VERSIONS, choose_version};
+use crate::handover::{Answer, Epoch, Question};
 use crate::seeded_bugs::{Bug, is_planted};
 use crate::transport::{DataTicket, Link, LinkReceivers, NewLink};
 use crate::workers::{Urgency, Workers};
@@ -87,7 +88,7 @@ pub async fn serve_link(
 ) {
     let NewLink { link, mut receivers } = new;
     let peer = link.peer().clone();
-    match welcome(&link, &mut receivers, &options.site).await {
+    match welcome(&link, &mut receivers, &*catalog, &options.site).await {
         Ok(version) => tracing::info!(%peer, version, "a peer is connected and may fetch from here"),
         Err(why) => {
             tracing::warn!(%peer, why, "a peer was turned away");
@@ -124,11 +125,16 @@ pub async fn serve_link(
     tracing::info!(%peer, reason = %end, "a peer that fetched from here is gone");
 }
 
-async fn welcome(link: &Arc<dyn Link>, receivers: &mut LinkReceivers, site: &Name) -> Result<u16, String> {
+async fn welcome(
+    link: &Arc<dyn Link>,
+    receivers: &mut LinkReceivers,
+    catalog: &dyn Catalog,
+    site: &Name,
+) -> Result<u16, String> {
     let first = tokio::time::timeout(HELLO_TIMEOUT, receivers.control.recv()).await;
     let first = first.map_err(|_| "it said nothing for 10 seconds".to_owned())?.ok_or("it hung up")?;
-    let (min, max) = match Control::decode(first) {
-        Ok(Control::Hello { min_version, max_version, .. }) => (min_version, max_version),
+    let (min, max, last, next) = match Control::decode(first) {
+        Ok(Control::Hello { min_version, max_version, last, next, .. }) => (min_version, max_version, last, next),
         Ok(_) => return Err("its first frame was no Hello".into()),
         Err(error) => return Err(format!("its first frame made no sense: {error}")),
     };
@@ -138,15 +144,22 @@ async fn welcome(link: &Arc<dyn Link>, receivers: &mut LinkReceivers, site: &Nam
             VERSIONS.start(),
             VERSIONS.end()
         );
-        let refusal = Control::Unwelcome { refusal: Refusal::Version, why: why.clone() };
-        let _ = link.send_control(refusal.encode()).await;
-        // Let the answer arrive before the connection is closed under it.
-        let _ = tokio::time::timeout(Duration::from_secs(2), link.closed()).await;
-        return Err(why);
+        return Err(turn_away(link, Refusal::Version, why).await);
     };
+    if let Err(why) = catalog.greet(link.peer(), link.address(), last, next) {
+        return Err(turn_away(link, Refusal::Clone, why).await);
+    }
     let welcome = Control::Welcome { version, site: site.clone() };
     link.send_control(welcome.encode()).await.map_err(|error| error.to_string())?;
     Ok(version)
+}
+
+async fn turn_away(link: &Arc<dyn Link>, refusal: Refusal, why: String) -> String {
+    let unwelcome = Control::Unwelcome { refusal, why: why.clone() };
+    let _ = link.send_control(unwelcome.encode()).await;
+    // Let the answer arrive before the connection is closed under it.
+    let _ = tokio::time::timeout(Duration::from_secs(2), link.closed()).await;
+    why
 }
 
 /// Handles requests until the peer hangs up or misbehaves; returns why.
@@ -200,43 +213,40 @@ async fn requests(session: &Arc<Session>, catalog: &Arc<dyn Catalog>, receivers:
                 continue;
             }
             Control::Open { request, volume } => match catalog.open(&peer, &volume) {
-                Ok((volume, epoch)) => session.open(request, &volume, epoch),
-                Err((refusal, why)) => refused(request, refusal, why),
+                Ok(offered) => session.open(request, offered),
+                Err((refusal, epoch, why)) => Control::Refused { request, refusal, epoch, why },
             },
             Control::Close { handle } => {
                 session.handles.lock().remove(&handle);
                 continue;
             }
-            Control::TakeOver { .. } | Control::Completed { .. } | Control::GiveBack { .. } => {
-                if session.open_changes.fetch_add(1, Ordering::Relaxed) >= MAX_HANDLES {
-                    return format!("more than {MAX_HANDLES} changes of ownership wanted at a time");
+            Control::TakeOver { request, epoch, take, volume } => {
+                let question = Question::TakeOver { epoch: Epoch(epoch), take };
+                match session.ask(catalog, request, &volume, question) {
+                    Ok(()) => continue,
+                    Err(why) => return why,
                 }
-                let (session, catalog) = (Arc::clone(session), Arc::clone(catalog));
-                // Apart: a change that was begun must be finished though the connection is lost meanwhile, and
-                // while an image is flushed for it, guests of other volumes go on reading.
-                tokio::spawn(async move {
-                    let peer = session.link.peer();
-                    let (request, changed) = match frame {
-                        Control::Completed { request, epoch, volume } => {
-                            (request, catalog.completed(peer, &volume, epoch).await)
-                        }
-                        Control::GiveBack { request, epoch, volume } => {
-                            (request, catalog.give_back(peer, &volume, epoch).await)
-                        }
-                        Control::TakeOver { request, epoch, volume, .. } => {
-                            (request, catalog.take_over(peer, &volume, epoch).await)
-                        }
-                        _ => return,
-                    };
-                    session.open_changes.fetch_sub(1, Ordering::Relaxed);
-                    // If the connection is lost, the peer asks again on the next one.
-                    let _ = session.link.send_control(answer(request, changed).encode()).await;
-                });
-                continue;
             }
-            Control::Reclaimed { request, volume, .. } => {
-                let why = format!("volume {volume} cannot be reclaimed from the site of {}", session.options.site);
-                refused(request, Refusal::BadRequest, why)
+            Control::Completed { request, epoch, volume } => {
+                let question = Question::Completed { epoch: Epoch(epoch) };
+                match session.ask(catalog, request, &volume, question) {
+                    Ok(()) => continue,
+                    Err(why) => return why,
+                }
+            }
+            Control::GiveBack { request, epoch, volume } => {
+                let question = Question::GiveBack { epoch: Epoch(epoch) };
+                match session.ask(catalog, request, &volume, question) {
+                    Ok(()) => continue,
+                    Err(why) => return why,
+                }
+            }
+            Control::Reclaimed { request, epoch, volume } => {
+                let question = Question::Reclaimed { epoch: Epoch(epoch) };
+                match session.ask(catalog, request, &volume, question) {
+                    Ok(()) => continue,
+                    Err(why) => return why,
+                }
             }
             Control::Hello { .. }
             | Control::Welcome { .. }
@@ -252,15 +262,14 @@ async fn requests(session: &Arc<Session>, catalog: &Arc<dyn Catalog>, receivers:
     "the peer hung up".into()
 }
 
-fn answer(request: u32, done: Result<u64, super::Refused>) -> Control {
-    match done {
-        Ok(epoch) => Control::Done { request, epoch },
-        Err((refusal, why)) => refused(request, refusal, why),
+fn answer(request: u32, answer: Answer) -> Control {
+    match answer {
+        Answer::Done(epoch) => Control::Done { request, epoch: epoch.0 },
+        Answer::Refused(holds, no) => {
+            let epoch = holds.map_or(0, |epoch| epoch.0);
+            Control::Refused { request, refusal: no.refusal(), epoch, why: no.to_string() }
+        }
     }
-}
-
-fn refused(request: u32, refusal: Refusal, why: String) -> Control {
-    Control::Refused { request, refusal, epoch: 0, why }
 }
 
 fn failed(flight: u64, refusal: Refusal, why: String) -> Data {
@@ -292,18 +301,48 @@ async fn pump(session: &Arc<Session>, class: Class, at_a_time: usize) {
 }
 
 impl Session {
-    fn open(&self, request: u32, volume: &Arc<SourceVolume>, epoch: u64) -> Control {
+    /// Asks about the owner of a volume. In the order of the requests: the next one is looked at when this one is asked.
+    fn ask(
+        self: &Arc<Self>,
+        catalog: &Arc<dyn Catalog>,
+        request: u32,
+        volume: &Name,
+        question: Question,
+    ) -> Result<(), String> {
+        if self.open_changes.fetch_add(1, Ordering::Relaxed) >= MAX_HANDLES {
+            return Err(format!("more than {MAX_HANDLES} questions of ownership open at a time"));
+        }
+        let asked = catalog.ask(self.link.peer(), volume, question);
+        let session = Arc::clone(self);
+        // Apart: while an image is flushed for it, guests of other volumes go on reading. When the connection ends, the question ends with it.
+        tokio::spawn(async move {
+            let told = async {
+                let answer = answer(request, asked.await);
+                let _ = session.link.send_control(answer.encode()).await;
+            };
+            tokio::select! {
+                biased;
+                () = told => {}
+                _ = session.link.closed() => {}
+            }
+            session.open_changes.fetch_sub(1, Ordering::Relaxed);
+        });
+        Ok(())
+    }
+
+    fn open(&self, request: u32, offered: Offered) -> Control {
+        let Offered { source: volume, epoch, is_read_only } = offered;
         let mut handles = self.handles.lock();
         if handles.len() >= MAX_HANDLES {
             let why = format!("more than {MAX_HANDLES} volumes opened on one connection");
-            return refused(request, Refusal::BadRequest, why);
+            return Control::Refused { request, refusal: Refusal::BadRequest, epoch, why };
         }
-        // Opened again, it gets another number: closing the one must not close the other.
+        // A number for each opening: who closes one of two keeps the other.
         let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        handles.insert(handle, Arc::clone(volume));
-        self.hasher.hash_in_background(volume);
+        self.hasher.hash_in_background(&volume);
         let (geometry, generation) = (volume.geometry, volume.generation);
-        Control::Opened { request, handle, geometry, generation, epoch, is_read_only: false }
+        handles.insert(handle, volume);
+        Control::Opened { request, handle, geometry, generation, epoch, is_read_only }
     }
 
     fn promote(&self, flight: u64, class: Class) {
@@ -380,6 +419,10 @@ impl Session {
     async fn send_roots(&self, flight: u64, handle: u32, first: PageIndex, count: u32) {
         let volume = self.handles.lock().get(&handle).cloned();
         let message = match volume {
+            Some(volume) if volume.manifest.is_closed() => {
+                let gone = super::SourceError::Gone { volume: volume.name.clone() };
+                failed(flight, gone.refusal(), gone.to_string())
+            }
             Some(volume) => {
                 let entries = volume.manifest.roots(first, u64::from(count).min(MAX_ROOTS_PER_MESSAGE as u64));
                 Data::Roots { flight, first, entries }
@@ -445,13 +488,9 @@ fn build(volume: &SourceVolume, item: Item, level: i32) -> Data {
     if item.block.0 >= volume.geometry.blocks() {
         return failed(item.flight, Refusal::BadRequest, format!("there is no block {}", item.block.0));
     }
-    if matches!(volume.is_hole(item.block), Ok(true)) && volume.manifest.check_unchanged().is_ok() {
-        return Data::Block { flight: item.flight, id: BlockId::ZERO, frame: None };
-    }
     match volume.read_block(item.block) {
-        Ok(bytes) => {
-            let id = BlockId::of(&bytes);
-            let frame = (!id.is_zero()).then(|| Frame::encode(&Bytes::from(bytes), level));
+        Ok((id, bytes)) => {
+            let frame = bytes.map(|bytes| Frame::encode(&Bytes::from(bytes), level));
             Data::Block { flight: item.flight, id, frame }
         }
         Err(error) => {

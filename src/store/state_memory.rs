@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use parking_lot::{Mutex, MutexGuard};
 
@@ -21,6 +22,8 @@ struct Inner {
     /// What separates `live` from `durable`, in order.
     unsynced: Vec<StateBatch>,
     syncs: u64,
+    /// Power cuts so far: each begins another boot.
+    power_cuts: u64,
     failure: Option<String>,
 }
 
@@ -38,9 +41,10 @@ impl MemoryState {
     /// A power cut that came when `survivors` batches since the last sync had reached the disk by themselves.
     pub fn crash(&self, survivors: usize) {
         let mut inner = self.0.lock();
-        let Inner { live, durable, unsynced, .. } = &mut *inner;
+        let Inner { live, durable, unsynced, power_cuts, .. } = &mut *inner;
         unsynced.drain(..).take(survivors).for_each(|batch| apply(durable, &batch));
         *live = durable.clone();
+        *power_cuts += 1;
     }
 
     /// How many batches a power cut could lose.
@@ -134,5 +138,9 @@ impl State for MemoryState {
     fn sync(&self) -> Result<(), StateError> {
         self.lock("syncing")?.sync();
         Ok(())
+    }
+
+    fn boot(&self) -> Option<Arc<str>> {
+        Some(format!("boot-{}", self.0.lock().power_cuts).into())
     }
 }

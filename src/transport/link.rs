@@ -18,6 +18,11 @@ pub trait Link: Send + Sync + 'static {
     /// Who is at the other end, by the configuration that lists its fingerprint.
     fn peer(&self) -> &Name;
 
+    /// Where it is, as far as that is known.
+    fn address(&self) -> Option<SocketAddr> {
+        None
+    }
+
     /// Sends a frame of at most [`MAX_CONTROL_FRAME_BYTES`](super::MAX_CONTROL_FRAME_BYTES), above every class of data,
     /// reliably and in order with the other frames. Resolves when it is queued; waits while the bounded queue is full.
     fn send_control(&self, frame: Bytes) -> BoxFuture<'_, Result<(), LinkError>>;

@@ -297,6 +297,10 @@ async fn write_and_wait(shared: &Shared, mut message: Outgoing, duty: &mut Ticke
 }
 
 impl Link for QuicLink {
+    fn address(&self) -> Option<std::net::SocketAddr> {
+        Some(self.shared.connection.remote_address())
+    }
+
     fn peer(&self) -> &Name {
         &self.peer
     }

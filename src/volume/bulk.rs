@@ -14,6 +14,7 @@ use super::relocation::{Relocation, land};
 use super::{Volume, VolumeError};
 use crate::core::ids::{BlockIndex, Class};
 use crate::core::manifest::{Page, PageIndex};
+use crate::core::wire::Refusal;
 use crate::fetch::FetchError;
 use crate::seeded_bugs::{Bug, is_planted};
 use crate::workers::Urgency;
@@ -99,12 +100,21 @@ impl BulkControl {
 /// Watches a volume until every block is in its file and durably known to be; copies the absent ones if `with_bulk`. Returns an
 /// error only when going on makes no sense; a full disk and a lost link are waited out.
 pub async fn run_bulk(volume: Arc<Volume>, with_bulk: bool) -> Result<(), VolumeError> {
+    let run = run_while_open(&volume, with_bulk);
+    tokio::select! {
+        biased;
+        done = run => done,
+        () = volume.closing() => Err(volume.life.is_over()),
+    }
+}
+
+async fn run_while_open(volume: &Arc<Volume>, with_bulk: bool) -> Result<(), VolumeError> {
     let relocation = volume.relocation().ok_or(FetchError::Gone)?;
     let copied = async {
         if !with_bulk {
             return std::future::pending().await;
         }
-        copy_until_done(&volume, &relocation).await
+        copy_until_done(volume, &relocation).await
     };
     let checkpoints = async {
         loop {
@@ -128,7 +138,9 @@ pub async fn run_bulk(volume: Arc<Volume>, with_bulk: bool) -> Result<(), Volume
     while !is_planted(Bug::CompleteBeforeSync) {
         match volume.flush().await {
             Ok(()) => break,
-            Err(error @ (VolumeError::SyncFailed { .. } | VolumeError::ShuttingDown)) => return Err(error),
+            Err(error @ (VolumeError::SyncFailed { .. } | VolumeError::ShuttingDown | VolumeError::Closed { .. })) => {
+                return Err(error);
+            }
             Err(error) => {
                 relocation.bulk.set_state(BulkState::Waiting(error.to_string()));
                 tokio::time::sleep(REST).await;
@@ -154,11 +166,13 @@ async fn copy_until_done(volume: &Arc<Volume>, relocation: &Arc<Relocation>) -> 
                 tokio::time::sleep(REST).await;
             }
             Err(VolumeError::Fetch(FetchError::Gone)) => return Err(FetchError::Gone.into()),
-            Err(error @ VolumeError::ShuttingDown) => return Err(error),
+            Err(error @ (VolumeError::ShuttingDown | VolumeError::Closed { .. })) => return Err(error),
             Err(error) => {
+                if let VolumeError::Fetch(FetchError::Refused { refusal: Refusal::ImageChanged, .. }) = &error {
+                    relocation.pages.forget_doubtful();
+                }
                 tracing::error!(volume = %volume.name, %error, "the copy cannot go on now; trying again");
                 relocation.bulk.set_state(BulkState::Failed(error.to_string()));
-                relocation.pages.forget();
                 tokio::time::sleep(REST).await;
             }
         }
@@ -242,15 +256,15 @@ async fn fetch_one(volume: Arc<Volume>, block: BlockIndex, wanted: crate::fetch:
     volume.stats.count_arrived(&fetched);
     let (disk, stats) = (Arc::clone(&volume.disk), Arc::clone(&volume.stats));
     match volume.workers.run(Urgency::Background, move || land(&disk, &stats, block, &fetched)).await {
-        Some(landed) => Ok(landed?),
+        Some(landed) => landed,
         None => Err(VolumeError::ShuttingDown),
     }
 }
 
 /// Marks the zero blocks of a page.
 async fn land_zeros(volume: &Arc<Volume>, page: PageIndex, ids: &Arc<Page>) -> Result<(), VolumeError> {
-    let first = page.blocks(volume.geometry.blocks()).start;
-    let zeros: Vec<BlockIndex> = (first..)
+    let zeros: Vec<BlockIndex> = page
+        .blocks(volume.geometry.blocks())
         .zip(ids.ids())
         .filter(|(_, id)| id.is_zero())
         .map(|(block, _)| BlockIndex(block))
@@ -271,8 +285,9 @@ impl Volume {
         self.is_complete.store(true, Ordering::Release);
     }
 
-    /// Drops the residency rows of a volume whose completion is recorded elsewhere.
+    /// Drops the residency rows of a volume whose completion is recorded elsewhere. Whether a guest has written stays noted: see
+    /// [`Volume::arrived`].
     pub fn forget_journal(&self) -> Result<(), VolumeError> {
-        Ok(self.journal.forget()?)
+        Ok(self.journal.forget_residency()?)
     }
 }

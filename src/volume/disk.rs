@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
 
+use super::VolumeError;
+use super::life::Life;
 use crate::core::ids::{BlockIndex, SECTOR_BYTES};
 use crate::core::manifest::Geometry;
 use crate::core::residency::{Merge, Residency, ResidentBits, SectorMask};
@@ -29,14 +31,25 @@ pub(super) struct Disk {
     residency: Mutex<Residency>,
     stripes: [Mutex<()>; STRIPES],
     landed_bytes: AtomicU64,
+    life: Arc<Life>,
     /// Whether absent regions may hold something else than zeros: a block device, or what a crash left behind.
     may_hold_residue: bool,
+    /// Writes into absent blocks that failed: a part of each may be in the file, and is residue there.
+    failed_writes: AtomicU64,
 }
 
 impl Disk {
-    pub(super) fn new(image: Arc<Image>, residency: Residency, geometry: Geometry, may_hold_residue: bool) -> Disk {
+    pub(super) fn new(
+        image: Arc<Image>,
+        residency: Residency,
+        geometry: Geometry,
+        life: Arc<Life>,
+        may_hold_residue: bool,
+    ) -> Disk {
         Disk {
+            life,
             landed_bytes: AtomicU64::new(0),
+            failed_writes: AtomicU64::new(0),
             may_hold_residue: may_hold_residue || image.is_block_device(),
             image,
             geometry,
@@ -48,6 +61,15 @@ impl Disk {
 
     pub(super) fn bits(&self) -> &ResidentBits {
         &self.bits
+    }
+
+    /// An error unless a block that was fetched is as long as it must be. A longer one would be written over what a guest wrote behind it.
+    pub(super) fn check_len(&self, block: BlockIndex, got_bytes: usize) -> Result<(), VolumeError> {
+        let expected_bytes = self.geometry.len_of(block);
+        if got_bytes == expected_bytes as usize {
+            return Ok(());
+        }
+        Err(VolumeError::BlockLength { volume: self.life.volume().clone(), block: block.0, got_bytes, expected_bytes })
     }
 
     pub(super) fn residency(&self) -> MutexGuard<'_, Residency> {
@@ -87,15 +109,33 @@ impl Disk {
             return self.image.write_at(offset, data);
         }
         let _turn = self.stripes[block.0 as usize % STRIPES].lock();
-        self.image.write_at(offset, data)?;
+        self.image.write_at(offset, data).inspect_err(|_| {
+            self.failed_writes.fetch_add(1, Ordering::AcqRel);
+        })?;
         self.residency.lock().record_write(block, at..at + data.len() as u32);
         Ok(())
     }
 
     /// Makes whole blocks read as zeros, as a guest's write does.
     pub(super) fn zero_blocks(&self, blocks: Range<u64>, may_punch: bool) -> Result<(), ImageError> {
+        let zeroed = self.zero_blocks_by(blocks, |offset, len_bytes| {
+            self.image.write_zeroes(offset, len_bytes, may_punch).map(|()| true)
+        });
+        zeroed.map(drop)
+    }
+
+    /// As [`Disk::zero_blocks`], but only where that takes no writing. False, and nothing done, where it would.
+    pub(super) fn zero_blocks_fast(&self, blocks: Range<u64>, may_punch: bool) -> Result<bool, ImageError> {
+        self.zero_blocks_by(blocks, |offset, len_bytes| self.image.write_zeroes_fast(offset, len_bytes, may_punch))
+    }
+
+    fn zero_blocks_by(
+        &self,
+        blocks: Range<u64>,
+        zero: impl FnOnce(u64, u64) -> Result<bool, ImageError>,
+    ) -> Result<bool, ImageError> {
         if blocks.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let offset = self.geometry.offset_of(BlockIndex(blocks.start));
         let end = self.geometry.offset_of(BlockIndex(blocks.end)).min(self.geometry.size_bytes);
@@ -110,7 +150,9 @@ impl Disk {
         } else {
             stripes.into_iter().map(|stripe| self.stripes[stripe].lock()).collect()
         };
-        self.image.write_zeroes(offset, end - offset, may_punch)?;
+        if !zero(offset, end - offset)? {
+            return Ok(false);
+        }
         if !is_resident {
             let mut residency = self.residency.lock();
             for block in blocks {
@@ -118,11 +160,14 @@ impl Disk {
                 residency.record_write(block, 0..self.geometry.len_of(block));
             }
         }
-        Ok(())
+        Ok(true)
     }
 
-    /// Puts a verified block under what the guest wrote meanwhile. Returns whether it was still needed.
-    pub(super) fn land(&self, block: BlockIndex, bytes: &[u8]) -> Result<bool, ImageError> {
+    /// Puts a verified block under what the guest wrote meanwhile. Returns whether it was still needed. Of a volume that is over the
+    /// file is not touched, nor by a block of another length.
+    pub(super) fn land(&self, block: BlockIndex, bytes: &[u8]) -> Result<bool, VolumeError> {
+        let _pass = self.life.enter()?;
+        self.check_len(block, bytes.len())?;
         if self.bits.is_resident(block) {
             return Ok(false);
         }
@@ -154,11 +199,13 @@ impl Disk {
 
     /// As [`Disk::land`] for blocks, in order, that are known to be zero: nothing is written where the file has a hole anyway.
     /// Returns how many bytes of blocks were still needed.
-    pub(super) fn land_zeros(&self, blocks: &[BlockIndex]) -> Result<u64, ImageError> {
+    pub(super) fn land_zeros(&self, blocks: &[BlockIndex]) -> Result<u64, VolumeError> {
+        let _pass = self.life.enter()?;
         let mut landed_bytes = 0;
-        // One look at all of them spares a look at each. What a guest writes into one of them from here on is not residue.
+        // One look at all of them spares a look at each. What a guest writes into one of them from here on is not residue, unless it fails.
+        let failed_writes = self.failed_writes.load(Ordering::Acquire);
         let may_hold_residue = match (blocks.first(), blocks.last()) {
-            (Some(first), Some(last)) if self.may_hold_residue => {
+            (Some(first), Some(last)) if self.may_hold_residue || failed_writes > 0 => {
                 let end = self.geometry.offset_of(*last) + u64::from(self.geometry.len_of(*last));
                 !self.image.is_hole(self.geometry.offset_of(*first)..end)?
             }
@@ -177,6 +224,7 @@ impl Disk {
                 Merge::Whole => std::iter::once(0..len).collect(),
                 Merge::Ranges(ranges) => ranges,
             };
+            let may_hold_residue = may_hold_residue || self.failed_writes.load(Ordering::Acquire) != failed_writes;
             if may_hold_residue && !is_planted(Bug::ResidueUnderZeros) {
                 for range in ranges {
                     let start = offset + u64::from(range.start);

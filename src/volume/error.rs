@@ -55,6 +55,26 @@ pub enum VolumeError {
         /// What failed.
         why: String,
     },
+    /// The volume is gone from this site: whoever still holds it can do nothing with it.
+    #[error("volume {volume} was given up here")]
+    Closed {
+        /// Which.
+        volume: Name,
+    },
+    /// A peer, or the store, gave a block that is not as long as it must be.
+    #[error(
+        "volume {volume}: block {block} came with {got_bytes} bytes instead of {expected_bytes}; it is not written; see the source's log"
+    )]
+    BlockLength {
+        /// Which volume.
+        volume: Name,
+        /// Which block, by its index.
+        block: u64,
+        /// What came.
+        got_bytes: usize,
+        /// What is right.
+        expected_bytes: u32,
+    },
     /// The daemon is going down.
     #[error("the daemon is shutting down")]
     ShuttingDown,

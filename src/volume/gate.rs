@@ -8,9 +8,19 @@ use tokio::sync::{Mutex, Notify, OwnedMutexGuard};
 
 use crate::seeded_bugs::{Bug, is_planted};
 
-const CLOSED: u64 = 1 << 63;
+/// The writes under way, in the low half of the gate's state.
+const COUNT: u64 = (1 << 32) - 1;
+/// One fence that somebody holds; many may at a time.
+const FENCE: u64 = 1 << 32;
+/// Shut until somebody opens it: this site is not the owner.
+const SHUT: u64 = 1 << 63;
+/// Shut for good: the volume is gone.
+const SEALED: u64 = 1 << 62;
 
 /// Counts the writes under way; once closed, admits no more.
+///
+/// Open means: neither shut, nor sealed, nor fenced. The three do not undo each other: who drops a fence opens only what that fence
+/// closed, never a gate that belongs to another site, and nothing opens a sealed one.
 #[derive(Debug, Default)]
 pub(super) struct WriteGate {
     state: AtomicU64,
@@ -21,45 +31,86 @@ pub(super) struct WriteGate {
 #[derive(Debug)]
 pub(super) struct Admitted(Arc<WriteGate>);
 
+/// No write is admitted while this lives. Dropped, it leaves the gate as it was before.
+#[derive(Debug)]
+#[must_use = "dropped, it admits writes again"]
+pub struct Fence(Arc<WriteGate>);
+
+impl Fence {
+    /// The gate stays shut until it is opened ([`super::Volume::unfence`]).
+    pub fn keep(self) {
+        // Before the drop takes the fence away: there is no moment in between at which it is open.
+        self.0.shut();
+    }
+}
+
+impl Drop for Fence {
+    fn drop(&mut self) {
+        self.0.state.fetch_sub(FENCE, Ordering::AcqRel);
+    }
+}
+
 impl WriteGate {
     pub(super) fn new(is_open: bool) -> WriteGate {
         let is_open = is_open || is_planted(Bug::GateOpenBeforeOwnership);
-        WriteGate { state: AtomicU64::new(if is_open { 0 } else { CLOSED }), drained: Notify::new() }
+        WriteGate { state: AtomicU64::new(if is_open { 0 } else { SHUT }), drained: Notify::new() }
     }
 
     /// What is admitted goes along with the write itself, so that a client that hangs up does not end it early.
     pub(super) fn admit(self: &Arc<Self>) -> Option<Admitted> {
         let before = self.state.fetch_add(1, Ordering::AcqRel);
         let admitted = Admitted(Arc::clone(self));
-        if before & CLOSED == 0 { Some(admitted) } else { None }
+        if before & !COUNT == 0 { Some(admitted) } else { None }
     }
 
     pub(super) fn is_open(&self) -> bool {
-        self.state.load(Ordering::Acquire) & CLOSED == 0
+        self.state.load(Ordering::Acquire) & !COUNT == 0
     }
 
     /// Admits nothing from now on and returns when what was admitted has ended.
     pub(super) async fn close(&self) {
-        self.state.fetch_or(CLOSED, Ordering::AcqRel);
+        self.shut();
+        self.drained().await;
+    }
+
+    /// Admits nothing until it is opened. What was admitted may still be under way.
+    pub(super) fn shut(&self) {
+        self.state.fetch_or(SHUT, Ordering::AcqRel);
+    }
+
+    /// Admits nothing while the fence lives. What was admitted may still be under way: see [`WriteGate::drained`].
+    pub(super) fn fence(self: &Arc<Self>) -> Fence {
+        self.state.fetch_add(FENCE, Ordering::AcqRel);
+        Fence(Arc::clone(self))
+    }
+
+    /// Admits nothing ever again.
+    pub(super) fn seal(&self) {
+        self.state.fetch_or(SEALED, Ordering::AcqRel);
+    }
+
+    /// Returns when what was admitted has ended. Of use where nothing more is admitted.
+    pub(super) async fn drained(&self) {
         loop {
             let drained = self.drained.notified();
             tokio::pin!(drained);
             drained.as_mut().enable();
-            if self.state.load(Ordering::Acquire) == CLOSED || is_planted(Bug::FenceDoesNotWait) {
+            if self.state.load(Ordering::Acquire) & COUNT == 0 || is_planted(Bug::FenceDoesNotWait) {
                 return;
             }
             drained.await;
         }
     }
 
+    /// Undoes [`WriteGate::close`] and [`Fence::keep`].
     pub(super) fn open(&self) {
-        self.state.fetch_and(!CLOSED, Ordering::AcqRel);
+        self.state.fetch_and(!SHUT, Ordering::AcqRel);
     }
 }
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        if self.0.state.fetch_sub(1, Ordering::AcqRel) & !CLOSED == 1 {
+        if self.0.state.fetch_sub(1, Ordering::AcqRel) & COUNT == 1 {
             self.0.drained.notify_waiters();
         }
     }
@@ -126,6 +177,45 @@ mod tests {
         closing.await.expect("closes");
         gate.open();
         assert!(gate.admit().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_fence_opens_what_it_closed_and_nothing_else() {
+        let gate = Arc::new(WriteGate::new(true));
+        let (first, second) = (gate.fence(), gate.fence());
+        assert!(!gate.is_open() && gate.admit().is_none());
+        drop(first);
+        assert!(gate.admit().is_none(), "the other still holds");
+        // Who opens the gate meanwhile opens it behind the fence.
+        gate.open();
+        assert!(gate.admit().is_none());
+        drop(second);
+        assert!(gate.admit().is_some());
+        gate.fence().keep();
+        assert!(gate.admit().is_none(), "kept");
+        drop(gate.fence());
+        assert!(gate.admit().is_none(), "was shut before");
+        gate.open();
+        assert!(gate.admit().is_some());
+        let gate = Arc::new(WriteGate::new(false));
+        drop(gate.fence());
+        assert!(gate.admit().is_none(), "the volume is another site's");
+    }
+
+    #[tokio::test]
+    async fn a_fence_waits_for_what_was_admitted_and_a_seal_is_for_good() {
+        let gate = Arc::new(WriteGate::new(true));
+        let under_way = gate.admit().expect("open");
+        let fence = gate.fence();
+        let mut drained = std::pin::pin!(gate.drained());
+        assert!(futures::poll!(drained.as_mut()).is_pending());
+        drop(under_way);
+        drained.await;
+        gate.seal();
+        drop(fence);
+        gate.open();
+        assert!(!gate.is_open() && gate.admit().is_none());
+        gate.drained().await;
     }
 
     #[tokio::test]

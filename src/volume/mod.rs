@@ -8,7 +8,9 @@ mod bulk;
 mod disk;
 mod error;
 mod gate;
+mod guest_note;
 mod journal;
+mod life;
 mod pages;
 mod readahead;
 mod relocation;
@@ -17,11 +19,12 @@ mod stats;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use parking_lot::RwLock;
 
-use crate::core::ids::{BlockIndex, Name, SECTOR_BYTES, is_zero};
+use crate::core::ids::{BlockIndex, Incarnation, Name, SECTOR_BYTES, is_zero};
 use crate::core::manifest::Geometry;
 use crate::core::residency::Residency;
 use crate::image::{Image, ImageError};
@@ -32,10 +35,14 @@ use crate::workers::{Urgency, Workers};
 
 use disk::Disk;
 use gate::{FlushGate, WriteGate};
+use guest_note::GuestNote;
 use journal::Journal;
+use life::Life;
 
 pub use bulk::{BulkState, run_bulk};
 pub use error::VolumeError;
+pub use gate::Fence;
+pub use journal::{adopt_named, forget_strangers, was_written};
 pub use relocation::Relocation;
 pub use stats::{Moved, Reads, Snapshot};
 
@@ -55,13 +62,12 @@ pub struct Volume {
     gate: Arc<WriteGate>,
     flushes: FlushGate,
     is_sync_broken: Arc<AtomicBool>,
+    is_read_only: AtomicBool,
     /// No block is absent and none ever will be: the path without any trace of relocation.
     is_complete: AtomicBool,
     relocation: RwLock<Option<Arc<Relocation>>>,
-    observer: Arc<RwLock<Option<Arc<dyn WriteObserver>>>>,
-    guest_wrote: AtomicBool,
-    /// Whether the journal says that a guest writes here, or need not say it.
-    is_guest_noted: Arc<AtomicBool>,
+    writes: Arc<Writes>,
+    life: Arc<Life>,
     stats: Arc<stats::Stats>,
     landing: Arc<tokio::sync::Semaphore>,
     /// Apart from `landing`: what is fetched ahead waits for the peer, what a guest has been answered must not.
@@ -70,10 +76,19 @@ pub struct Volume {
     runtime: tokio::runtime::Handle,
 }
 
+/// What guests' writes share: it goes along with each of them.
+struct Writes {
+    volume: Name,
+    observer: RwLock<Option<Arc<dyn WriteObserver>>>,
+    guest: GuestNote,
+}
+
 /// What a volume needs to live.
 pub struct VolumeParts {
     /// Its name.
     pub name: Name,
+    /// Under what its residency is kept: another one for each relocation, though name and image be the same.
+    pub incarnation: Incarnation,
     /// Where its bytes lie.
     pub image: Arc<Image>,
     /// Its shape.
@@ -95,15 +110,25 @@ impl Volume {
     /// A volume all of whose blocks are in its file. Made within the daemon's runtime, which does its background work.
     pub fn complete(parts: VolumeParts) -> Volume {
         let residency = Residency::new(parts.geometry);
-        Volume::new(parts, residency, true, false)
+        let journal = Journal::new(Arc::clone(&parts.state), parts.incarnation, Life::new(parts.name.clone()));
+        Volume::new(parts, journal, residency, true, false, GuestNote::new(false, 0, false))
+    }
+
+    /// As [`Volume::complete`], of a volume that was relocated here and may still be given back: whether a guest has written is remembered from
+    /// earlier lives, and noted for later ones.
+    pub fn arrived(parts: VolumeParts) -> Result<Volume, VolumeError> {
+        let residency = Residency::new(parts.geometry);
+        let journal = Journal::new(Arc::clone(&parts.state), parts.incarnation, Life::new(parts.name.clone()));
+        let guest = GuestNote::new(journal.is_guest_noted()?, 0, true);
+        Ok(Volume::new(parts, journal, residency, true, false, guest))
     }
 
     /// A volume whose blocks are (partly) still elsewhere. `is_new` says that the file was just made by [`Image::create`];
     /// otherwise residency is restored from the state database, and absent regions may hold what a crash left.
     pub fn relocating(parts: VolumeParts, is_new: bool) -> Result<Volume, VolumeError> {
         let mut residency = Residency::new(parts.geometry);
-        let journal = Journal::new(Arc::clone(&parts.state), parts.name.clone());
-        let guest_wrote = if is_new {
+        let journal = Journal::new(Arc::clone(&parts.state), parts.incarnation, Life::new(parts.name.clone()));
+        let has_written = if is_new {
             journal.forget()?;
             false
         } else {
@@ -114,27 +139,34 @@ impl Volume {
             }
             journal.restore(&mut residency, synced.is_ok())?
         };
-        let volume = Volume::new(parts, residency, false, !is_new);
-        volume.is_guest_noted.store(guest_wrote, Ordering::Release);
-        volume.guest_wrote.store(guest_wrote || volume.disk.residency().has_guest_writes(), Ordering::Release);
-        Ok(volume)
+        // Not what residency says: that knows of writes that failed in the middle, too.
+        let guest = GuestNote::new(has_written, residency.guest_bytes(), true);
+        Ok(Volume::new(parts, journal, residency, false, !is_new, guest))
     }
 
-    fn new(parts: VolumeParts, residency: Residency, is_complete: bool, may_hold_residue: bool) -> Volume {
+    fn new(
+        parts: VolumeParts,
+        journal: Journal,
+        residency: Residency,
+        is_complete: bool,
+        may_hold_residue: bool,
+        guest: GuestNote,
+    ) -> Volume {
+        let life = Arc::clone(journal.life());
         Volume {
-            disk: Arc::new(Disk::new(parts.image, residency, parts.geometry, may_hold_residue)),
-            journal: Journal::new(parts.state, parts.name.clone()),
+            disk: Arc::new(Disk::new(parts.image, residency, parts.geometry, Arc::clone(&life), may_hold_residue)),
+            journal,
+            writes: Arc::new(Writes { volume: parts.name.clone(), observer: RwLock::default(), guest }),
+            life,
             name: parts.name,
             geometry: parts.geometry,
             workers: parts.workers,
             gate: Arc::new(WriteGate::new(parts.is_owner)),
             flushes: FlushGate::default(),
             is_sync_broken: Arc::default(),
+            is_read_only: AtomicBool::new(false),
             is_complete: AtomicBool::new(is_complete),
             relocation: RwLock::new(None),
-            observer: Arc::default(),
-            guest_wrote: AtomicBool::new(false),
-            is_guest_noted: Arc::new(AtomicBool::new(is_complete)),
             stats: Arc::default(),
             landing: Arc::new(tokio::sync::Semaphore::new(LANDING_BLOCKS)),
             ahead: Arc::new(tokio::sync::Semaphore::new(AHEAD_BLOCKS)),
@@ -157,6 +189,16 @@ impl Volume {
         &self.disk.image
     }
 
+    /// Guests may only read it, as at the site that it came from. Before anybody opens it.
+    pub fn set_read_only(&self) {
+        self.is_read_only.store(true, Ordering::Release);
+    }
+
+    /// Whether guests may only read it, whoever owns it.
+    pub fn is_read_only(&self) -> bool {
+        self.is_read_only.load(Ordering::Relaxed) || !self.disk.image.is_writable()
+    }
+
     /// Whether guests may write it now.
     pub fn is_owner(&self) -> bool {
         self.gate.is_open()
@@ -167,9 +209,18 @@ impl Volume {
         self.is_complete.load(Ordering::Acquire)
     }
 
-    /// Whether a guest wrote anything here since the relocation began.
+    /// Whether a guest's write was acknowledged here since the relocation began. One that failed is no write. Fenced, nothing changes
+    /// what this says.
     pub fn has_guest_writes(&self) -> bool {
-        self.guest_wrote.load(Ordering::Acquire)
+        self.writes.guest.has_written()
+    }
+
+    /// For people: about how many bytes guests wrote since the relocation began, as far as acknowledged. Exact within one life of
+    /// the daemon, each rewriting counted again. Of earlier lives only what residency tells is known: blocks that were absent when they were
+    /// written count whole once they have arrived, and writes to blocks that had arrived before not at all. It may be 0
+    /// although [`Volume::has_guest_writes`] (after a restart); never the other way round.
+    pub fn guest_written_bytes(&self) -> u64 {
+        self.writes.guest.written_bytes()
     }
 
     /// Where absent blocks come from.
@@ -185,7 +236,7 @@ impl Volume {
     /// Who is told of writes. Returns when every write that it was not told of has ended, which may take as long as a
     /// TRIM of everything takes: blocks.
     pub fn set_observer(&self, observer: Option<Arc<dyn WriteObserver>>) {
-        *self.observer.write() = observer;
+        *self.writes.observer.write() = observer;
     }
 
     /// Admits no write from now on, waits for those under way, and makes everything durable.
@@ -194,9 +245,83 @@ impl Volume {
         self.flush().await
     }
 
-    /// Admits writes: this site is the owner.
+    /// As [`Volume::fence`], for as long as the fence lives. If this fails, or is dropped half-way, writes are admitted as they were before.
+    pub async fn fence_guarded(&self) -> Result<Fence, VolumeError> {
+        let fence = self.gate.fence();
+        self.gate.drained().await;
+        self.flush().await?;
+        Ok(fence)
+    }
+
+    /// Makes everything durable while writes go on, and tells how long that took: about as long as a fence would now hold them up. To be
+    /// repeated before a fence until that is short.
+    pub async fn presync(&self) -> Result<Duration, VolumeError> {
+        let begun = tokio::time::Instant::now();
+        self.flush().await?;
+        Ok(begun.elapsed())
+    }
+
+    /// Asks the kernel to begin writing what is dirty, without waiting: the next sync takes less time.
+    pub fn begin_writeback(&self) {
+        if !self.life.is_closed() {
+            self.image().begin_writeback();
+        }
+    }
+
+    /// Admits no write from now on. Those under way may go on: see [`Volume::drained`].
+    pub fn bar(&self) {
+        self.gate.shut();
+    }
+
+    /// Returns when the writes that were admitted have ended. Of use where no more are: see [`Volume::bar`].
+    pub async fn drained(&self) {
+        self.gate.drained().await;
+    }
+
+    /// Makes zeros of what never arrived, under what guests wrote, durably: a person gave it up. Returns how many bytes of blocks these
+    /// are. From then on every block is here.
+    pub async fn fill_absent(&self) -> Result<u64, VolumeError> {
+        let disk = Arc::clone(&self.disk);
+        let filled = self.on_change_lane(move || {
+            let (mut from, blocks, mut filled) = (0, disk.geometry.blocks(), 0);
+            while let Some(block) = disk.bits().first_absent(from..blocks) {
+                // Some at a time: guests' writes get their turn.
+                let end = (block.0 + FILLED_AT_ONCE_BLOCKS).min(blocks);
+                let absent: Vec<BlockIndex> =
+                    (block.0..end).map(BlockIndex).filter(|block| !disk.bits().is_resident(*block)).collect();
+                filled += disk.land_zeros(&absent)?;
+                from = end;
+            }
+            Ok(filled)
+        });
+        let filled = filled.await?;
+        self.flush().await?;
+        self.is_complete.store(true, Ordering::Release);
+        Ok(filled)
+    }
+
+    /// Admits writes: this site is the owner. Not while somebody holds a [`Fence`], nor once it is closed.
     pub fn unfence(&self) {
         self.gate.open();
+    }
+
+    /// The volume is gone from this site, for good: whoever still holds it reads and writes nothing any more, its clients are hung up on, and
+    /// no row is written. What is under way may go on for a moment: see [`Volume::closed`].
+    pub fn close(&self) {
+        self.life.close(&self.gate);
+    }
+
+    /// Returns when the volume is closed and everything that changes its file or its rows has ended, which may take as long as the disk does: from
+    /// then on the file may be deleted, or be somebody else's.
+    pub async fn closed(&self) {
+        self.life.ended().await;
+        self.gate.drained().await;
+        self.life.drained().await;
+    }
+
+    /// Returns as soon as [`Volume::close`] is called. Does not hold on to the volume.
+    pub fn closing(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.life.ended()
     }
 
     /// Counters and gauges, as they stand.
@@ -216,6 +341,14 @@ impl Volume {
         if len_bytes == 0 {
             return Ok(Bytes::new());
         }
+        self.life.check()?;
+        let read = self.read_while_open(offset, len_bytes).await;
+        // Again, and last: see `life`.
+        self.life.check()?;
+        read
+    }
+
+    async fn read_while_open(&self, offset: u64, len_bytes: u32) -> Result<Bytes, VolumeError> {
         self.check_sync()?;
         let blocks = self.disk.blocks_of(offset, u64::from(len_bytes));
         if self.is_complete() || self.disk.bits().are_resident(blocks.clone()) {
@@ -252,6 +385,10 @@ impl Volume {
             return None;
         }
         let done = read(&self.disk.image, offset, buf)?;
+        // Last: see `life`.
+        if let Err(closed) = self.life.check() {
+            return Some(Err(closed));
+        }
         self.stats.count_resident(len_bytes);
         Some(done.map_err(VolumeError::from))
     }
@@ -266,6 +403,10 @@ impl Volume {
         let begin = &mut begin[..SECTOR_BYTES.min(len_bytes) as usize];
         self.disk.image.read_cached_at(offset, begin)?.ok().filter(|()| !is_zero(begin))?;
         self.disk.image.read_cached_into(offset, len_bytes as usize, pipe)?;
+        if self.life.is_closed() {
+            let _ = pipe.take(&mut BytesMut::new());
+            return None;
+        }
         self.stats.count_resident(u64::from(len_bytes));
         Some(())
     }
@@ -285,13 +426,12 @@ impl Volume {
             return Ok(());
         }
         let is_complete = self.is_complete();
-        self.guest_writes();
         if !is_complete {
             self.fill_torn_edges(&range).await?;
         }
         let (change, disk) = (self.change(admitted, range), Arc::clone(&self.disk));
-        self.on_change_lane(move || change.run(|| put(&disk, is_complete, offset, &data))).await?;
-        if fua && !is_planted(Bug::FuaWithoutFlush) { self.flush().await } else { Ok(()) }
+        let fua = fua && !is_planted(Bug::FuaWithoutFlush);
+        self.run_change(change, fua, move || put(&disk, is_complete, offset, &data).map(|()| true)).await.map(drop)
     }
 
     /// As [`Volume::write`], on the calling thread, which waits for the disk if that is slow. None, and nothing done, where
@@ -299,7 +439,7 @@ impl Volume {
     /// else's, a hand-over.
     pub fn write_here(&self, offset: u64, data: &[u8], fua: bool) -> Option<Result<(), VolumeError>> {
         let range = offset..offset + data.len() as u64;
-        let is_first = !self.is_guest_noted.load(Ordering::Acquire);
+        let is_first = !self.writes.guest.is_noted();
         if range.is_empty() || is_first || self.is_sync_broken.load(Ordering::Acquire) {
             return None;
         }
@@ -312,17 +452,20 @@ impl Volume {
             return None;
         }
         let turn = if fua { Some(self.flushes.try_turn()?) } else { None };
-        self.guest_writes();
-        let done = self.change(admitted, range).try_run(|| put(&self.disk, is_complete, offset, data))?;
-        Some(match (done, turn) {
-            (Ok(()), Some(turn)) if !is_planted(Bug::FuaWithoutFlush) => self.sync_here(turn),
-            (done, _) => done,
-        })
+        let change = self.change(admitted, range);
+        let done = change.try_run(|| put(&self.disk, is_complete, offset, data).map(|()| true))?;
+        let acknowledged = done.and_then(|written| {
+            if let Some(turn) = turn.filter(|_| !is_planted(Bug::FuaWithoutFlush)) {
+                self.sync_here(turn)?;
+            }
+            written.map_or(Ok(()), Unacknowledged::acknowledge)
+        });
+        Some(acknowledged)
     }
 
     /// Whether [`Volume::write_from`] is worth trying: not before everything is here.
     pub fn takes_pipes(&self) -> bool {
-        self.is_complete() && self.is_guest_noted.load(Ordering::Acquire)
+        self.is_complete() && self.writes.guest.is_noted()
     }
 
     /// Writes the first `len_bytes` (not 0) of a pipe at `offset`, as [`Volume::write_here`] does. None, and nothing taken out,
@@ -335,15 +478,15 @@ impl Volume {
             Ok(admitted) => admitted,
             Err(error) => return Some(Err(error)),
         };
-        self.guest_writes();
-        let mut can_write = true;
-        let done = self.change(admitted, offset..offset + len_bytes as u64).try_run(|| {
-            self.disk.image.write_from(offset, pipe, len_bytes).unwrap_or_else(|| {
-                can_write = false;
-                Ok(())
-            })
+        let change = self.change(admitted, offset..offset + len_bytes as u64);
+        let done = change.try_run(|| match self.disk.image.write_from(offset, pipe, len_bytes) {
+            Some(done) => done.map(|()| true),
+            None => Ok(false),
         })?;
-        can_write.then_some(done)
+        match done {
+            Ok(written) => Some(written?.acknowledge()),
+            Err(error) => Some(Err(error)),
+        }
     }
 
     /// Makes a range read as zeros. Whole blocks become present without being fetched.
@@ -360,20 +503,19 @@ impl Volume {
             return Ok(());
         }
         let is_complete = self.is_complete();
-        self.guest_writes();
         if !is_complete {
             self.fill_torn_edges(&range).await?;
         }
         let (change, disk) = (self.change(admitted, range.clone()), Arc::clone(&self.disk));
         let work = move || {
-            if is_complete {
+            let zeroed = if is_complete {
                 disk.image.write_zeroes(offset, len_bytes, may_punch)
             } else {
                 zero(&disk, &range, may_punch)
-            }
+            };
+            zeroed.map(|()| true)
         };
-        self.on_change_lane(move || change.run(work)).await?;
-        if fua { self.flush().await } else { Ok(()) }
+        self.run_change(change, fua, work).await.map(drop)
     }
 
     /// As [`Volume::write_zeroes`], but only where that takes no writing. False, and nothing done, where it might.
@@ -384,33 +526,25 @@ impl Volume {
         may_punch: bool,
         fua: bool,
     ) -> Result<bool, VolumeError> {
-        if !self.is_complete() {
-            // Edges of absent blocks are written; a punched range behind the end tells whether holes can be made at all.
-            let image = self.image();
-            let is_fast = may_punch
-                && offset.is_multiple_of(u64::from(self.geometry.block_size.bytes()))
-                && len_bytes.is_multiple_of(u64::from(self.geometry.block_size.bytes()))
-                && image.write_zeroes_fast(image.size_bytes(), 4096, true)?;
-            if is_fast {
-                self.write_zeroes(offset, len_bytes, true, fua).await?;
-            }
-            return Ok(is_fast);
-        }
         let admitted = self.admit()?;
-        let (change, disk) = (self.change(admitted, offset..offset + len_bytes), Arc::clone(&self.disk));
-        self.guest_writes();
-        let is_done = Arc::new(AtomicBool::new(false));
-        let told = Arc::clone(&is_done);
-        let work = move || {
-            told.store(disk.image.write_zeroes_fast(offset, len_bytes, may_punch)?, Ordering::Release);
-            Ok(())
-        };
-        self.on_change_lane(move || change.run(work)).await?;
-        let is_done = is_done.load(Ordering::Acquire);
-        if is_done && fua {
-            self.flush().await?;
+        let range = offset..offset + len_bytes;
+        if range.is_empty() {
+            return Ok(true);
         }
-        Ok(is_done)
+        let is_complete = self.is_complete();
+        // Edges of absent blocks would be written.
+        if !is_complete && !(may_punch && are_whole(&self.disk, &range)) {
+            return Ok(false);
+        }
+        let (change, disk) = (self.change(admitted, range.clone()), Arc::clone(&self.disk));
+        let work = move || {
+            if is_complete {
+                disk.image.write_zeroes_fast(offset, len_bytes, may_punch)
+            } else {
+                zero_fast(&disk, &range)
+            }
+        };
+        self.run_change(change, fua, work).await
     }
 
     /// Discards a range: as zeros where that is cheap; the torn edges of an absent block stay as they are.
@@ -482,6 +616,8 @@ impl Volume {
         &self,
         turn: gate::Turn,
     ) -> Result<Option<impl FnOnce() -> Result<(), VolumeError> + Send + use<>>, VolumeError> {
+        // Goes along with the work: the file is not somebody else's before that has ended.
+        let pass = self.life.enter()?;
         if self.is_sync_broken.load(Ordering::Acquire) {
             return Err(VolumeError::SyncFailed { volume: self.name.clone() });
         }
@@ -492,6 +628,7 @@ impl Volume {
         let (is_sync_broken, name) = (Arc::clone(&self.is_sync_broken), self.name.clone());
         let is_complete = self.is_complete();
         Ok(Some(move || -> Result<(), VolumeError> {
+            let _pass = pass;
             // A local, and so gone before `turn`: whoever has the next turn finds the volume poisoned.
             let _poison = PoisonIfPanicked(Arc::clone(&is_sync_broken));
             // What is set here is in the file already: a bit is set after its bytes.
@@ -522,10 +659,10 @@ impl Volume {
             }
             if let Err(error) = journal.write(&rows) {
                 if is_planted(Bug::FailedRowsForgotten) {
-                    return Err(error.into());
+                    return Err(error);
                 }
                 disk.residency().mark_dirty(rows.into_iter().map(|(chunk, _)| chunk));
-                return Err(error.into());
+                return Err(error);
             }
             turn.succeed();
             Ok(())
@@ -541,15 +678,12 @@ impl Volume {
         Ok(())
     }
 
-    fn guest_writes(&self) {
-        if !self.guest_wrote.load(Ordering::Relaxed) {
-            self.guest_wrote.store(true, Ordering::Release);
-        }
-    }
-
     fn admit(&self) -> Result<gate::Admitted, VolumeError> {
-        let admitted = self.gate.admit().ok_or_else(|| VolumeError::NotOwner { volume: self.name.clone() })?;
-        if !self.disk.image.is_writable() {
+        let Some(admitted) = self.gate.admit() else {
+            self.life.check()?;
+            return Err(VolumeError::NotOwner { volume: self.name.clone() });
+        };
+        if self.is_read_only() {
             return Err(VolumeError::ReadOnly { volume: self.name.clone() });
         }
         Ok(admitted)
@@ -585,24 +719,49 @@ impl Volume {
         }
     }
 
-    async fn on_change_lane(
+    async fn on_change_lane<T: Send + 'static>(
         &self,
-        work: impl FnOnce() -> Result<(), VolumeError> + Send + 'static,
-    ) -> Result<(), VolumeError> {
+        work: impl FnOnce() -> Result<T, VolumeError> + Send + 'static,
+    ) -> Result<T, VolumeError> {
         self.workers.run(Urgency::Change, work).await.unwrap_or(Err(VolumeError::ShuttingDown))
     }
 
     fn change(&self, admitted: gate::Admitted, range: Range<u64>) -> Change {
+        self.writes.guest.admitted();
         Change {
-            _admitted: admitted,
+            admitted,
             range,
-            volume: self.name.clone(),
+            writes: Arc::clone(&self.writes),
             // What is complete has nothing more to note.
             residency: (!self.is_complete()).then(|| (Arc::clone(&self.disk), self.journal.clone())),
-            first: (!self.is_guest_noted.load(Ordering::Acquire))
-                .then(|| (self.journal.clone(), Arc::clone(&self.is_guest_noted))),
-            observer: Arc::clone(&self.observer),
+            first: (!self.writes.guest.is_noted()).then(|| self.journal.clone()),
         }
+    }
+
+    /// Runs a change, with `fua` makes it durable, and does all that comes before its acknowledgement. `work` tells whether it did anything; so
+    /// does this.
+    async fn run_change(
+        &self,
+        change: Change,
+        fua: bool,
+        work: impl FnOnce() -> Result<bool, ImageError> + Send + 'static,
+    ) -> Result<bool, VolumeError> {
+        let run = move || {
+            let Some(written) = change.run(work)? else { return Ok((false, None)) };
+            if fua {
+                return Ok((true, Some(written)));
+            }
+            written.acknowledge().map(|()| (true, None))
+        };
+        let (is_done, written) = self.on_change_lane(run).await?;
+        let Some(written) = written else { return Ok(is_done) };
+        self.flush().await?;
+        if written.takes_time() {
+            self.on_change_lane(move || written.acknowledge()).await?;
+        } else {
+            written.acknowledge()?;
+        }
+        Ok(is_done)
     }
 }
 
@@ -620,49 +779,78 @@ impl Drop for PoisonIfPanicked {
 /// What goes along with a guest's change of the disk. The change counts as under way until all of this has ended: who
 /// fences relies on what the observer was told.
 struct Change {
-    _admitted: gate::Admitted,
+    admitted: gate::Admitted,
     range: Range<u64>,
-    volume: Name,
+    writes: Arc<Writes>,
     residency: Option<(Arc<Disk>, Journal)>,
-    /// That a guest writes here is to be noted.
-    first: Option<(Journal, Arc<AtomicBool>)>,
-    observer: Arc<RwLock<Option<Arc<dyn WriteObserver>>>>,
+    /// That a guest writes here may have to be noted.
+    first: Option<Journal>,
+}
+
+/// A change that is in the file, and of which nobody was told. Still under way: who fences the volume and then asks whether a guest has written
+/// gets it counted.
+struct Unacknowledged {
+    _admitted: gate::Admitted,
+    len_bytes: u64,
+    writes: Arc<Writes>,
+    first: Option<Journal>,
+}
+
+impl Unacknowledged {
+    /// Whether [`Unacknowledged::acknowledge`] waits for the disk.
+    fn takes_time(&self) -> bool {
+        !self.writes.guest.is_noted()
+    }
+
+    /// Only if this succeeds may the client be told.
+    fn acknowledge(self) -> Result<(), VolumeError> {
+        self.writes.guest.acknowledge(self.len_bytes, || self.first.as_ref().map_or(Ok(()), Journal::note_guest))
+    }
 }
 
 impl Change {
-    fn run(self, work: impl FnOnce() -> Result<(), ImageError>) -> Result<(), VolumeError> {
-        if let Some((journal, is_guest_noted)) = &self.first {
-            // Durable before the first write: whoever cancels after a crash must not take the volume for unwritten.
-            journal.note_guest()?;
-            is_guest_noted.store(true, Ordering::Release);
-        }
-        // Held throughout, so that a new observer knows when the writes that it was not told of have ended.
-        self.observed(self.observer.read().as_deref(), work)
+    /// None where `work` did nothing.
+    fn run(self, work: impl FnOnce() -> Result<bool, ImageError>) -> Result<Option<Unacknowledged>, VolumeError> {
+        let is_done = {
+            // Held throughout, so that a new observer knows when the writes that it was not told of have ended.
+            let observer = self.writes.observer.read();
+            self.observed(observer.as_deref(), work)?
+        };
+        Ok(is_done.then(|| self.done()))
     }
 
-    /// None, and nothing done, while the observer is being changed.
-    fn try_run(self, work: impl FnOnce() -> Result<(), ImageError>) -> Option<Result<(), VolumeError>> {
-        let observer = self.observer.try_read()?;
-        Some(self.observed(observer.as_deref(), work))
+    /// As [`Change::run`]; None, and nothing done, while the observer is being changed.
+    fn try_run(
+        self,
+        work: impl FnOnce() -> Result<bool, ImageError>,
+    ) -> Option<Result<Option<Unacknowledged>, VolumeError>> {
+        let done = {
+            let observer = self.writes.observer.try_read()?;
+            self.observed(observer.as_deref(), work)
+        };
+        Some(done.map(|is_done| is_done.then(|| self.done())))
+    }
+
+    fn done(self) -> Unacknowledged {
+        let len_bytes = self.range.end - self.range.start;
+        Unacknowledged { _admitted: self.admitted, len_bytes, writes: self.writes, first: self.first }
     }
 
     fn observed(
         &self,
         observer: Option<&dyn WriteObserver>,
-        work: impl FnOnce() -> Result<(), ImageError>,
-    ) -> Result<(), VolumeError> {
-        let work = || -> Result<(), VolumeError> {
-            work()?;
-            match &self.residency {
-                None => Ok(()),
+        work: impl FnOnce() -> Result<bool, ImageError>,
+    ) -> Result<bool, VolumeError> {
+        let work = || -> Result<bool, VolumeError> {
+            let is_done = work()?;
+            if let Some((disk, journal)) = &self.residency {
                 // What is acknowledged survives the end of this process, flushed or not, as it would on any disk.
-                Some((disk, journal)) => {
-                    Ok(journal.note_live(disk, disk.blocks_of(self.range.start, self.range.end - self.range.start))?)
-                }
+                journal.note_live(disk, disk.blocks_of(self.range.start, self.range.end - self.range.start))?;
             }
+            Ok(is_done)
         };
         let Some(observer) = observer else { return work() };
-        let failed = |why| VolumeError::Observer { volume: self.volume.clone(), why };
+        let failed = |why| VolumeError::Observer { volume: self.writes.volume.clone(), why };
         observer.note_write(self.range.clone()).map_err(failed)?;
         let done = work();
         // Also where it failed: a part of it may be in the file.
@@ -710,11 +898,44 @@ fn zero(disk: &Disk, range: &Range<u64>, may_punch: bool) -> Result<(), ImageErr
     // A thousand blocks at a time: reads and landings elsewhere get their turn during the TRIM of a whole disk.
     let mut at = whole.start;
     while at < whole.end {
-        let end = (at + 1024).min(whole.end);
+        let end = (at + ZEROED_AT_ONCE_BLOCKS).min(whole.end);
         disk.zero_blocks(at..end, may_punch)?;
         at = end;
     }
     Ok(())
+}
+
+/// Blocks that are given up at a time.
+const FILLED_AT_ONCE_BLOCKS: u64 = 256;
+
+/// Blocks that are zeroed at a time.
+const ZEROED_AT_ONCE_BLOCKS: u64 = 1024;
+
+/// Whether a range covers each block that it touches, of a short last block all there is.
+fn are_whole(disk: &Disk, range: &Range<u64>) -> bool {
+    let len_bytes = range.end - range.start;
+    let blocks = disk.blocks_of(range.start, len_bytes);
+    [blocks.start, blocks.end - 1]
+        .into_iter()
+        .map(BlockIndex)
+        .all(|block| disk.within(block, range.start, len_bytes) == (0..disk.geometry.len_of(block)))
+}
+
+/// Holes over whole blocks of which some are absent; false, and nothing done, where none can be made. The first piece tells: probing
+/// anywhere else would change bytes that nobody asked to have changed.
+fn zero_fast(disk: &Disk, range: &Range<u64>) -> Result<bool, ImageError> {
+    let blocks = disk.blocks_of(range.start, range.end - range.start);
+    let first = blocks.start..blocks.end.min(blocks.start + ZEROED_AT_ONCE_BLOCKS);
+    if !disk.zero_blocks_fast(first.clone(), true)? {
+        return Ok(false);
+    }
+    let mut at = first.end;
+    while at < blocks.end {
+        let end = (at + ZEROED_AT_ONCE_BLOCKS).min(blocks.end);
+        disk.zero_blocks(at..end, true)?;
+        at = end;
+    }
+    Ok(true)
 }
 
 #[cfg(test)]

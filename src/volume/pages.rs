@@ -22,6 +22,8 @@ pub(super) struct Pages {
     geometry: Geometry,
     roots: Mutex<Arc<OnceCell<Vec<RootEntry>>>>,
     cache: Mutex<Cache>,
+    /// What the source announced of its pages in this life, by the page and by its state, in two messages: all zero for a page of zeros.
+    announced: Mutex<HashMap<u64, PageId>>,
 }
 
 #[derive(Default)]
@@ -32,7 +34,7 @@ struct Cache {
 
 impl Pages {
     pub(super) fn new(fetch: Fetch, key: VolumeKey, geometry: Geometry) -> Pages {
-        Pages { fetch, key, geometry, roots: Mutex::default(), cache: Mutex::default() }
+        Pages { fetch, key, geometry, roots: Mutex::default(), cache: Mutex::default(), announced: Mutex::default() }
     }
 
     /// The id of a block, if its page is here.
@@ -66,15 +68,41 @@ impl Pages {
         cell.get_or_try_init(|| self.fetch_page(page, known)).await.cloned()
     }
 
-    /// The source did not have a block that a page announced: it is asked for its pages anew. Either the image has changed,
-    /// and it says so again, or a page was damaged where nothing protects it, in the source's memory, say.
-    pub(super) fn forget(&self) {
-        *self.roots.lock() = Arc::default();
-        *self.cache.lock() = Cache::default();
+    async fn fetch_page(&self, page: PageIndex, root: Option<PageId>) -> Result<Arc<Page>, FetchError> {
+        let kept = self.announced.lock().get(&page.0).copied();
+        let fetched = self.fetch.page(self.key, page, kept.or(root), self.geometry.ids_in(page)).await?;
+        let told = fetched.id();
+        let announced = match kept {
+            Some(kept) => kept,
+            None if root == Some(told) => told,
+            // The page alone, or its state alone, may have been damaged on the way: asked again, each tells of the other.
+            None => match self.fetch.roots(self.key, page, 1).await?.first() {
+                Some(RootEntry::Known(id)) => *id,
+                Some(RootEntry::Zero) => PageId([0; 32]),
+                // Nothing bears it out: it is forgotten as soon as a block is another ([`Pages::forget_doubtful`]).
+                Some(RootEntry::Unknown) | None => return Ok(Arc::new(fetched)),
+            },
+        };
+        // A source may find that its image was changed, and say so. What it announced stays what the volume is: to believe another page
+        // would be to make one disk of two. What was said only once was not announced.
+        let announced = match announced == told {
+            true => *self.announced.lock().entry(page.0).or_insert(told),
+            false => announced,
+        };
+        if announced != told {
+            let (announced, told) = (hex::encode(announced.0), hex::encode(told.0));
+            return Err(FetchError::Contradiction { page: page.0, announced, told });
+        }
+        Ok(Arc::new(fetched))
     }
 
-    async fn fetch_page(&self, page: PageIndex, known: Option<PageId>) -> Result<Arc<Page>, FetchError> {
-        Ok(Arc::new(self.fetch.page(self.key, page, known, self.geometry.ids_in(page)).await?))
+    /// A block came that is not the announced one. Pages that nothing bears out are asked for anew: they may have been damaged on the way.
+    pub(super) fn forget_doubtful(&self) {
+        let announced = self.announced.lock();
+        let mut cache = self.cache.lock();
+        cache.pages.retain(|page, _| announced.contains_key(page));
+        let Cache { pages, order } = &mut *cache;
+        order.retain(|page| pages.contains_key(page));
     }
 
     /// What the source knew of its pages when it was first asked; unknown pages are hashed when they are asked for.

@@ -15,6 +15,7 @@ use super::{Volume, VolumeError};
 use crate::core::ids::{BlockId, BlockIndex, Class};
 use crate::core::manifest::{Geometry, PageIndex};
 use crate::core::residency::Presence;
+use crate::core::wire::Refusal;
 use crate::fetch::{Block, Fetch, FetchError, Origin, VolumeKey};
 use crate::workers::Urgency;
 
@@ -141,7 +142,7 @@ pub(super) async fn make_resident(volume: &Volume, block: BlockIndex) -> Result<
     };
     let (disk, stats) = (Arc::clone(&volume.disk), Arc::clone(&volume.stats));
     match volume.workers.run(Urgency::Change, move || land(&disk, &stats, block, &fetched)).await {
-        Some(landed) => Ok(landed?),
+        Some(landed) => landed,
         None => Err(VolumeError::ShuttingDown),
     }
 }
@@ -152,7 +153,7 @@ pub(super) fn land(
     stats: &super::stats::Stats,
     block: BlockIndex,
     fetched: &Block,
-) -> Result<(), crate::image::ImageError> {
+) -> Result<(), VolumeError> {
     if fetched.id.is_zero() {
         stats.count_zero_landed(disk.land_zeros(&[block])?);
     } else if disk.land(block, &fetched.bytes)? {
@@ -181,27 +182,43 @@ async fn demand(volume: &Volume, block: BlockIndex) -> Result<Block, VolumeError
     let begun = Instant::now();
     let wanted = relocation.fetch.want(relocation.key, block, id, Class::Demand, len_bytes);
     let waits = Counted::new(&relocation.demands);
+    let wanted = async {
+        tokio::select! {
+            biased;
+            fetched = wanted => Ok(fetched),
+            // Whoever waits here may hold up those who give the volume up, and waits in vain.
+            () = volume.closing() => Err(volume.life.is_over()),
+        }
+    };
     let fetched = match relocation.demand_timeout {
         Some(after) => match tokio::time::timeout(after, wanted).await {
-            Ok(fetched) => fetched,
+            Ok(fetched) => fetched?,
             Err(_) => {
                 let why = relocation.fetch.waiting().await.remove(&relocation.key);
                 let why = why.map_or_else(|| "the peer is connected and does not answer".to_owned(), |w| w.to_string());
                 return Err(VolumeError::TimedOut { after, why });
             }
         },
-        None => wanted.await,
+        None => wanted.await?,
     };
     drop(waits);
     match &fetched {
-        Err(error @ (FetchError::Refused { .. } | FetchError::Inconsistent { .. })) => {
+        // What was announced stays: the source may have another image by now.
+        Err(
+            error @ (FetchError::Refused { .. } | FetchError::Inconsistent { .. } | FetchError::Contradiction { .. }),
+        ) => {
+            if matches!(error, FetchError::Refused { refusal: Refusal::ImageChanged, .. }) {
+                relocation.pages.forget_doubtful();
+            }
             *relocation.refusal.lock() = Some(error.to_string());
-            relocation.pages.forget();
         }
         Err(FetchError::Gone | FetchError::UnknownPeer) => {}
         Ok(_) => *relocation.refusal.lock() = None,
     }
     let fetched = fetched?;
+    if !fetched.id.is_zero() {
+        volume.disk.check_len(block, fetched.bytes.len())?;
+    }
     volume.stats.count_demand(begun.elapsed());
     volume.stats.count_arrived(&fetched);
     Ok(fetched)
@@ -230,7 +247,9 @@ async fn land_later(volume: &Volume, block: BlockIndex, fetched: Block) {
     let workers = volume.workers.clone();
     volume.runtime.spawn(async move {
         let landed = workers.run(Urgency::Soon, move || land(&disk, &stats, block, &fetched)).await;
-        if let Some(Err(error)) = landed {
+        if let Some(Err(error)) = landed
+            && !matches!(error, VolumeError::Closed { .. })
+        {
             // It stays absent and is fetched again when it is needed again.
             tracing::warn!(volume = %name, block = block.0, %error, "a fetched block could not be written");
         }
@@ -305,7 +324,7 @@ fn count_reads(volume: &Volume, len_bytes: u32, blocks: &Range<u64>, fetched: &[
 impl Volume {
     /// A hint that a range will be read: absent blocks of it are fetched as readahead, as far as there is room for them.
     pub fn prefetch(&self, offset: u64, len_bytes: u64) {
-        if self.is_complete() || len_bytes == 0 {
+        if self.is_complete() || len_bytes == 0 || self.life.is_closed() {
             return;
         }
         let blocks = self.disk.blocks_of(offset, len_bytes);
@@ -320,6 +339,7 @@ impl Volume {
         len_bytes: u64,
         max_runs: usize,
     ) -> Result<Vec<(u64, Presence)>, VolumeError> {
+        self.life.check()?;
         let end = offset + len_bytes;
         if self.is_complete() {
             return Ok(vec![(len_bytes, Presence::Present)]);
@@ -353,6 +373,18 @@ impl Volume {
     /// Runs of a range that are known to read as zeros (true) or may hold data (false). Absent blocks count as data unless
     /// their page says that they are zero: absent is never zero.
     pub async fn allocation(
+        &self,
+        offset: u64,
+        len_bytes: u64,
+        max_runs: usize,
+    ) -> Result<Vec<(u64, bool)>, VolumeError> {
+        let runs = self.allocation_while_open(offset, len_bytes, max_runs).await;
+        // Last: see `life`.
+        self.life.check()?;
+        runs
+    }
+
+    async fn allocation_while_open(
         &self,
         offset: u64,
         len_bytes: u64,

@@ -48,6 +48,22 @@ pub struct Snapshot {
     pub demand_ms: [f64; 3],
 }
 
+impl Snapshot {
+    /// Of a volume of which nothing can be told: nothing of it is here.
+    pub fn unknown(total_blocks: u64) -> Snapshot {
+        Snapshot {
+            total_blocks,
+            absent_blocks: total_blocks,
+            written_blocks: 0,
+            partial_blocks: 0,
+            reads: Reads::default(),
+            moved: Moved::default(),
+            demand_count: 0,
+            demand_ms: [0.0; 3],
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Stats {
     resident_bytes: AtomicU64,

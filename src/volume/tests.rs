@@ -9,11 +9,13 @@ use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::core::ids::{BlockId, Class};
+use crate::core::ids::{BlockId, Class, Incarnation, Nonce};
 use crate::core::residency::Presence;
 use crate::core::scheduler::Limits;
-use crate::fetch::{Expected, Fetch, PeerKey};
-use crate::source::{Catalog, Hasher, Manifest, Refused, SourceOptions, SourceVolume, serve_link};
+use crate::fetch::{Expected, Fetch, PeerKey, Stranger};
+use crate::handover::{Answer, Question};
+use crate::image::Overwrite;
+use crate::source::{Catalog, Hasher, Manifest, Offered, Refused, SourceOptions, SourceVolume, serve_link};
 use crate::store::{MemoryState, MemoryStore, Store};
 use crate::transport::NewLink;
 use crate::transport::memory::{Fault, pair_with_faults};
@@ -22,6 +24,7 @@ mod flush_panics;
 mod through_pipes;
 
 const BLOCK: u64 = 65536;
+const INCARNATION: Incarnation = Incarnation([7; 16]);
 
 /// A source site with one volume, and the destination's fetcher and store.
 struct Sites {
@@ -42,18 +45,20 @@ struct OneVolume {
 }
 
 impl Catalog for OneVolume {
-    fn open(&self, _peer: &Name, _volume: &Name) -> Result<(Arc<SourceVolume>, u64), Refused> {
-        Ok((Arc::clone(&self.source), self.epoch.load(Ordering::Relaxed) as u64))
+    fn open(&self, _peer: &Name, _volume: &Name) -> Result<Offered, Refused> {
+        let epoch = self.epoch.load(Ordering::Relaxed) as u64;
+        Ok(Offered { source: Arc::clone(&self.source), epoch, is_read_only: false })
     }
-    fn take_over<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        self.epoch.store(epoch as usize, Ordering::Relaxed);
-        Box::pin(std::future::ready(Ok(epoch)))
+
+    fn ask(&self, _: &Name, _: &Name, question: Question) -> BoxFuture<'static, Answer> {
+        if let Question::TakeOver { epoch, .. } = question {
+            self.epoch.store(epoch.0 as usize, Ordering::Relaxed);
+        }
+        Box::pin(std::future::ready(Answer::Done(question.epoch())))
     }
-    fn completed<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
-    }
-    fn give_back<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch + 1)))
+
+    fn greet(&self, _: &Name, _: Option<std::net::SocketAddr>, _: Nonce, _: Nonce) -> Result<(), String> {
+        Ok(())
     }
 }
 
@@ -89,14 +94,16 @@ impl Sites {
         let image = Arc::new(Image::open_read(&path).expect("opens"));
         let geometry = Geometry::new(image.size_bytes(), BLOCK).expect("a geometry");
         let source_state: Arc<dyn State> = Arc::new(MemoryState::new());
-        let manifest = Manifest::open(name("vm"), Arc::clone(&image), geometry, source_state, false).expect("opens");
+        let manifest =
+            Manifest::open(name("vm"), Incarnation([1; 16]), Arc::clone(&image), geometry, source_state, true)
+                .expect("opens");
         let source =
             Arc::new(SourceVolume { name: name("vm"), image, geometry, manifest: Arc::new(manifest), generation: 1 });
         let workers = Workers::start("test", 2, 2).expect("threads");
         let store = Arc::new(MemoryStore::new(1 << 30));
         let fetch = Fetch::start(Limits::default(), Arc::clone(&store) as Arc<dyn Store>).expect("threads");
         let (links, new_links) = mpsc::channel(1);
-        fetch.add_peer(PeerKey(0), name("source"), name("destination"), new_links, workers.clone());
+        fetch.add_peer(PeerKey(0), name("source"), name("destination"), new_links, workers.clone(), Arc::new(Stranger));
         Sites {
             dir,
             content,
@@ -142,12 +149,13 @@ impl Sites {
     /// The destination's volume: new, or as it comes back after a restart.
     fn volume(&self, is_new: bool, demand_timeout: Option<Duration>) -> Arc<Volume> {
         let image = if is_new {
-            Image::create(&self.path(), self.geometry().size_bytes).expect("creates")
+            Image::create(&self.path(), self.geometry().size_bytes, Overwrite::OnlyBlank).expect("creates")
         } else {
             self.reopen()
         };
         let parts = VolumeParts {
             name: name("vm"),
+            incarnation: INCARNATION,
             image: Arc::new(image),
             geometry: self.geometry(),
             state: Arc::clone(&self.state) as Arc<dyn State>,
@@ -532,7 +540,11 @@ async fn the_extents_of_a_large_disk_are_told_in_parts() {
     let size_bytes = 1 << 40;
     let parts = VolumeParts {
         name: name("large"),
-        image: Arc::new(Image::create(&dir.path().join("large.raw"), size_bytes).expect("creates")),
+        incarnation: INCARNATION,
+        image: Arc::new(
+            Image::create(&dir.path().join("large.raw"), size_bytes, crate::image::Overwrite::OnlyBlank)
+                .expect("creates"),
+        ),
         geometry: Geometry::new(size_bytes, BLOCK).expect("a geometry"),
         state: Arc::new(MemoryState::new()),
         workers: Workers::start("test", 2, 2).expect("threads"),
@@ -556,7 +568,10 @@ async fn presence_adds_up_to_the_counters() {
     let size_bytes = blocks * BLOCK + tail_bytes;
     let parts = VolumeParts {
         name: name("vm"),
-        image: Arc::new(Image::create(&dir.path().join("vm.raw"), size_bytes).expect("creates")),
+        incarnation: INCARNATION,
+        image: Arc::new(
+            Image::create(&dir.path().join("vm.raw"), size_bytes, crate::image::Overwrite::OnlyBlank).expect("creates"),
+        ),
         geometry: Geometry::new(size_bytes, BLOCK).expect("a geometry"),
         state: Arc::new(MemoryState::new()),
         workers: Workers::start("test", 2, 2).expect("threads"),

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockferry::core::frame::Frame;
-use blockferry::core::ids::{BlockId, Name};
+use blockferry::core::ids::{BlockId, Incarnation, Name, Nonce};
 use blockferry::core::manifest::{Geometry, Page, PageId};
 use blockferry::core::scheduler::Limits;
 use blockferry::core::wire::{Data, Refusal, RootEntry};
-use blockferry::fetch::{Expected, Fetch, PeerKey};
-use blockferry::image::Image;
-use blockferry::source::{Catalog, Hasher, Manifest, Refused, SourceOptions, SourceVolume, serve_link};
+use blockferry::fetch::{Expected, Fetch, PeerKey, Stranger};
+use blockferry::handover::{Answer, Question};
+use blockferry::image::{Image, Overwrite};
+use blockferry::source::{Catalog, Hasher, Manifest, Offered, Refused, SourceOptions, SourceVolume, serve_link};
 use blockferry::store::{MemoryState, MemoryStore, State, Store};
 use blockferry::transport::memory::pair_with_faults;
 use blockferry::volume::{Relocation, Volume, VolumeParts, run_bulk};
@@ -32,17 +33,16 @@ fn name(text: &str) -> Name {
 struct OneVolume(Arc<SourceVolume>);
 
 impl Catalog for OneVolume {
-    fn open(&self, _: &Name, _: &Name) -> Result<(Arc<SourceVolume>, u64), Refused> {
-        Ok((Arc::clone(&self.0), 1))
+    fn open(&self, _: &Name, _: &Name) -> Result<Offered, Refused> {
+        Ok(Offered { source: Arc::clone(&self.0), epoch: 1, is_read_only: false })
     }
-    fn take_over<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
+
+    fn ask(&self, _: &Name, _: &Name, question: Question) -> BoxFuture<'static, Answer> {
+        Box::pin(std::future::ready(Answer::Done(question.epoch())))
     }
-    fn completed<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
-    }
-    fn give_back<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch + 1)))
+
+    fn greet(&self, _: &Name, _: Option<std::net::SocketAddr>, _: Nonce, _: Nonce) -> Result<(), String> {
+        Ok(())
     }
 }
 
@@ -65,7 +65,8 @@ async fn row(what: &str, often: Often, damage: Damage) {
     let image = Arc::new(Image::open_read(&path).expect("opens"));
     let geometry = Geometry::new(image.size_bytes(), BLOCK as u64).expect("a geometry");
     let rows: Arc<dyn State> = Arc::new(MemoryState::new());
-    let manifest = Manifest::open(name("vm"), Arc::clone(&image), geometry, rows, false).expect("opens");
+    let manifest =
+        Manifest::open(name("vm"), Incarnation([1; 16]), Arc::clone(&image), geometry, rows, false).expect("opens");
     let source = SourceVolume { name: name("vm"), image, geometry, manifest: Arc::new(manifest), generation: 1 };
     let catalog = Arc::new(OneVolume(Arc::new(source))) as Arc<dyn Catalog>;
 
@@ -73,7 +74,7 @@ async fn row(what: &str, often: Often, damage: Damage) {
     let store = Arc::new(MemoryStore::new(1 << 30)) as Arc<dyn Store>;
     let fetch = Fetch::start(Limits::default(), store).expect("threads");
     let (links, new_links) = tokio::sync::mpsc::channel(1);
-    fetch.add_peer(PeerKey(0), name("a"), name("b"), new_links, workers.clone());
+    fetch.add_peer(PeerKey(0), name("a"), name("b"), new_links, workers.clone(), Arc::new(Stranger));
     let hasher = Hasher::start().expect("a thread");
     let connect = async || {
         let (here, there, fault) = pair_with_faults(name("b"), name("a"));
@@ -85,7 +86,10 @@ async fn row(what: &str, often: Often, damage: Damage) {
 
     let parts = VolumeParts {
         name: name("vm"),
-        image: Arc::new(Image::create(&dir.path().join("b.raw"), geometry.size_bytes).expect("creates")),
+        incarnation: Incarnation([7; 16]),
+        image: Arc::new(
+            Image::create(&dir.path().join("b.raw"), geometry.size_bytes, Overwrite::OnlyBlank).expect("creates"),
+        ),
         geometry,
         state: Arc::new(MemoryState::new()) as Arc<dyn State>,
         workers: workers.clone(),

@@ -19,3 +19,4 @@ mod site;
 mod small_disk;
 mod tls;
 mod tools;
+mod way_back;

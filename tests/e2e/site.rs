@@ -407,12 +407,12 @@ impl Pair {
         up.wire_bytes + down.wire_bytes
     }
 
-    /// Says `relocate a/NAME --image` at the destination; returns the file's path.
+    /// Says `relocate a/NAME --image` at the destination, whoever is connected at the source; returns the file's path.
     #[track_caller]
     pub fn relocate(&self, volume: &str, more: &[&str]) -> PathBuf {
         let path = self.path(&format!("{volume}-at-b.raw"));
         let remote = format!("a/{volume}");
-        let args = [&["relocate", &remote, "--image", text(&path)][..], more].concat();
+        let args = [&["relocate", &remote, "--take", "--image", text(&path)][..], more].concat();
         self.b.ok(&args);
         path
     }

@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 
 use super::*;
 use crate::control::fake::{FakeDaemon, FakeSite, name};
-use crate::control::{ClientError, ControlClient, Phase, RelocateRequest, Role};
+use crate::control::{ClientError, ControlClient, Phase, Reclaim, RelocateRequest, Role};
 
 fn relocation(peer: &str, volume: &str) -> RelocateRequest {
     RelocateRequest {
@@ -15,6 +15,9 @@ fn relocation(peer: &str, volume: &str) -> RelocateRequest {
         image: None,
         bulk: true,
         bulk_rate_bytes_per_s: Some(1000),
+        take: false,
+        overwrite: false,
+        timeout_s: Some(90.5),
     }
 }
 
@@ -55,14 +58,20 @@ async fn the_client_gets_what_the_site_says() {
     let web = client.volume(&name("web-01")).await.expect("web-01");
     assert_eq!((web.role, web.phase, web.hashed_blocks), (Role::Source, Phase::Owned, Some(8192)));
 
-    let add = AddVolume { name: name("x"), image: "/srv/x.raw".into() };
+    let add = AddVolume { name: name("x"), image: "/srv/x.raw".into(), again: false };
     assert_eq!(client.add_volume(&add).await.expect("added").image, Path::new("/srv/x.raw"));
     client.remove_volume(&name("x")).await.expect("removed");
     client.pause(&name("db-01")).await.expect("paused");
     client.resume(&name("db-01")).await.expect("resumed");
     client.limit(&name("db-01"), Some(5)).await.expect("limited");
     client.limit(&name("db-01"), None).await.expect("unlimited");
-    client.cancel(&name("db-01")).await.expect("cancelled");
+    let kept = client.cancel(&name("db-01"), Cancel::default()).await.expect("cancelled").expect("an answer");
+    assert_eq!((kept.discarded_bytes, kept.owner.as_str()), (0, "site-b"));
+    let thrown = client.cancel(&name("db-01"), Cancel { discard_writes: true }).await.expect("cancelled");
+    assert_eq!(thrown.expect("an answer").discarded_bytes, 3 << 16);
+    let reclaimed = client.reclaim(&name("db-01"), Reclaim { epoch: 3 }).await.expect("reclaimed");
+    assert_eq!((reclaimed.epoch, reclaimed.lost.len(), reclaimed.lost_bytes), (4, 1, Some(4096 << 16)));
+    assert_eq!(reclaimed.fenced, Some(name("site-b")));
     assert_eq!(
         daemon.calls(),
         [
@@ -72,7 +81,9 @@ async fn the_client_gets_what_the_site_says() {
             "resume db-01",
             "limit Some(5) db-01",
             "limit None db-01",
-            "cancel db-01"
+            "cancel db-01",
+            "cancel discarding db-01",
+            "reclaim 3 db-01"
         ]
     );
 
@@ -107,8 +118,10 @@ async fn refusals_keep_their_kind_and_advice() {
     let error = refusal(client.volume(&name("none")).await);
     assert_eq!((error.kind, error.message.as_str()), (ErrorKind::NotFound, "there is no volume none"));
     assert_eq!(error.to_string(), "there is no volume none; `blockferry status` lists them");
-    assert_eq!(refusal(client.cancel(&name("precious")).await).kind, ErrorKind::Refused);
-    let add = AddVolume { name: name("web-01"), image: "/x".into() };
+    assert_eq!(refusal(client.cancel(&name("precious"), Cancel::default()).await).kind, ErrorKind::Refused);
+    assert_eq!(refusal(client.reclaim(&name("db-01"), Reclaim { epoch: 2 }).await).kind, ErrorKind::Conflict);
+    assert_eq!(refusal(client.reclaim(&name("none"), Reclaim { epoch: 2 }).await).kind, ErrorKind::NotFound);
+    let add = AddVolume { name: name("web-01"), image: "/x".into(), again: false };
     assert_eq!(refusal(client.add_volume(&add).await).kind, ErrorKind::Conflict);
     assert_eq!(refusal(client.limit(&name("db-01"), Some(0)).await).kind, ErrorKind::Invalid);
     assert_eq!(refusal(client.prewarm_status(JobId(9)).await).kind, ErrorKind::NotFound);
@@ -140,9 +153,29 @@ async fn bad_requests_are_explained_in_json() {
             "invalid",
             "not absolute",
         ),
+        (
+            "POST",
+            "/v1/relocations",
+            "{\"relocations\":[{\"peer\":\"a\",\"volume\":\"b\",\"timeout_s\":0}]}",
+            400,
+            "invalid",
+            "timeout_s is no time",
+        ),
+        (
+            "POST",
+            "/v1/relocations",
+            "{\"relocations\":[{\"peer\":\"a\",\"volume\":\"b\",\"timeout_s\":-1e300}]}",
+            400,
+            "invalid",
+            "timeout_s is no time",
+        ),
         ("POST", "/v1/prewarms", "{\"images\":[]}", 400, "invalid", "nothing in images"),
         ("GET", "/v1/prewarms/x", "", 400, "invalid", "is no job"),
         ("POST", "/v1/volumes/db-01/limit", "{\"bytes_per_s\":-1}", 400, "invalid", "not as expected"),
+        ("POST", "/v1/volumes/db-01/cancel", "{\"discard\":true}", 400, "invalid", "unknown field `discard`"),
+        ("POST", "/v1/volumes/db-01/cancel", "{\"discard_writes\":1}", 400, "invalid", "not as expected"),
+        ("POST", "/v1/volumes/db-01/reclaim", "", 400, "invalid", "not as expected"),
+        ("POST", "/v1/volumes/db-01/reclaim", "{}", 400, "invalid", "missing field `epoch`"),
     ] {
         if kind.is_empty() {
             // Bytes that are no text never reach a handler; axum answers in plain words.
@@ -177,11 +210,112 @@ async fn slow_requests_are_given_up() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("c.sock");
     let (listener, _file) = ControlSocket::bind(&path).expect("bound").into_parts();
-    let app = router(FakeSite::with_volumes(), Duration::from_millis(20));
+    let app = router(FakeSite::with_volumes(), Bounds::new(Duration::from_millis(20)));
     tokio::spawn(async move { axum::serve(listener, app).await });
     let error = refusal(ControlClient::new(&path).volume(&name("slow")).await);
     assert_eq!(error.kind, ErrorKind::Unavailable);
     assert!(error.message.contains("GET /v1/volumes/slow was not answered"), "{error}");
+}
+
+/// A site whose changes wait for the sender.
+fn gated() -> (Arc<FakeSite>, oneshot::Sender<()>) {
+    let site = FakeSite::with_volumes();
+    let (open, gate) = oneshot::channel();
+    *site.change_gate.lock() = Some(gate);
+    (site, open)
+}
+
+async fn until(mut holds: impl FnMut() -> bool) {
+    let patience = async {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), patience).await.expect("it comes about");
+}
+
+#[tokio::test]
+async fn a_change_whose_client_hangs_up_goes_on() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("c.sock");
+    let (site, open) = gated();
+    let server = ControlServer::bind(&path).expect("bound");
+    tokio::spawn(server.serve(site.clone(), std::future::pending()));
+    let mut client = UnixStream::connect(&path).await.expect("connects");
+    client.write_all(b"DELETE /v1/volumes/web-01 HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+    until(|| site.change_gate.lock().is_none()).await;
+    drop(client);
+    // Long enough that the server has noticed: it drops what it ran for this client then.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(site.volumes.lock().contains_key(&name("web-01")));
+    open.send(()).expect("the removal still waits");
+    until(|| !site.volumes.lock().contains_key(&name("web-01"))).await;
+}
+
+#[tokio::test]
+async fn a_change_that_takes_long_is_said_to_go_on_and_does() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("c.sock");
+    let (listener, _file) = ControlSocket::bind(&path).expect("bound").into_parts();
+    let (site, open) = gated();
+    let app = router(site.clone(), Bounds::new(Duration::from_millis(20)));
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    let (status, answer) = raw(&path, "DELETE", "/v1/volumes/web-01", "").await;
+    assert_eq!((status, &answer["error"]["kind"]), (503, &Value::from("under_way")), "{answer}");
+    let message = answer["error"]["message"].as_str().expect("a message");
+    assert!(message.starts_with("DELETE /v1/volumes/web-01 is still under way after"), "{message}");
+    assert!(answer["error"]["next"].as_str().is_some_and(|next| next.contains("`blockferry status`")), "{answer}");
+    assert!(site.volumes.lock().contains_key(&name("web-01")));
+    open.send(()).expect("the removal still waits");
+    until(|| !site.volumes.lock().contains_key(&name("web-01"))).await;
+}
+
+#[tokio::test]
+async fn a_request_that_never_arrives_in_full_changes_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("c.sock");
+    let (listener, _file) = ControlSocket::bind(&path).expect("bound").into_parts();
+    let site = FakeSite::with_volumes();
+    let app = router(site.clone(), Bounds::new(Duration::from_millis(20)));
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    let mut client = UnixStream::connect(&path).await.expect("connects");
+    let head = b"POST /v1/volumes/db-01/cancel HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{";
+    client.write_all(head).await.expect("sent");
+    let mut answer = vec![0u8; 4096];
+    let read = client.read(&mut answer).await.expect("answered");
+    let answer = String::from_utf8_lossy(&answer[..read]).into_owned();
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("\"unavailable\""), "{answer}");
+    assert!(site.calls.lock().is_empty(), "{:?}", site.calls.lock());
+}
+
+#[tokio::test]
+async fn a_change_that_panics_is_answered() {
+    let daemon = FakeDaemon::start();
+    let (status, answer) = raw(&daemon.socket(), "DELETE", "/v1/volumes/panics", "").await;
+    assert_eq!((status, &answer["error"]["kind"]), (500, &Value::from("internal")), "{answer}");
+}
+
+#[tokio::test]
+async fn shutting_down_lets_changes_end_whose_clients_left() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("c.sock");
+    let (site, open) = gated();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let server = ControlServer::bind(&path).expect("bound");
+    let shutdown = async move {
+        let _ = stopped.await;
+    };
+    let serving = tokio::spawn(server.serve(site.clone(), shutdown));
+    let mut client = UnixStream::connect(&path).await.expect("connects");
+    client.write_all(b"DELETE /v1/volumes/web-01 HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+    until(|| site.change_gate.lock().is_none()).await;
+    drop(client);
+    stop.send(()).expect("still serving");
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!serving.is_finished(), "the removal has not ended");
+    open.send(()).expect("the removal still waits");
+    serving.await.expect("no panic").expect("ended well");
+    assert!(!site.volumes.lock().contains_key(&name("web-01")));
 }
 
 #[tokio::test]

@@ -28,7 +28,7 @@ fn control() -> impl Strategy<Value = Control> {
         class,
         block: BlockIndex(block),
     });
-    let question = (any::<u32>(), any::<u64>(), name());
+    let question = || (any::<u32>(), any::<u64>(), name());
     let nonce = any::<[u8; 16]>().prop_map(Nonce);
     prop_oneof![
         (any::<u16>(), any::<u16>(), name(), nonce.clone(), nonce).prop_map(
@@ -41,7 +41,7 @@ fn control() -> impl Strategy<Value = Control> {
             }
         ),
         (any::<u32>(), name()).prop_map(|(request, volume)| Control::Open { request, volume }),
-        (question.clone(), any::<bool>()).prop_map(|((request, epoch, volume), take)| Control::TakeOver {
+        (question(), any::<bool>()).prop_map(|((request, epoch, volume), take)| Control::TakeOver {
             request,
             epoch,
             take,
@@ -58,10 +58,10 @@ fn control() -> impl Strategy<Value = Control> {
         prop::collection::vec(want, 0..50).prop_map(Control::Wants),
         (any::<u64>(), class()).prop_map(|(flight, class)| Control::Promote { flight, class }),
         any::<u64>().prop_map(|flight| Control::Forget { flight }),
-        question.clone().prop_map(|(request, epoch, volume)| Control::Completed { request, epoch, volume }),
-        question.clone().prop_map(|(request, epoch, volume)| Control::GiveBack { request, epoch, volume }),
+        question().prop_map(|(request, epoch, volume)| Control::Completed { request, epoch, volume }),
+        question().prop_map(|(request, epoch, volume)| Control::GiveBack { request, epoch, volume }),
         any::<u32>().prop_map(|handle| Control::Close { handle }),
-        question.prop_map(|(request, epoch, volume)| Control::Reclaimed { request, epoch, volume }),
+        question().prop_map(|(request, epoch, volume)| Control::Reclaimed { request, epoch, volume }),
         (any::<u16>(), name()).prop_map(|(version, site)| Control::Welcome { version, site }),
         (refusal(), "[a-zä ]{0,40}").prop_map(|(refusal, why)| Control::Unwelcome { refusal, why }),
         (any::<u32>(), any::<u32>(), geometry, any::<u64>(), any::<u64>(), any::<bool>()).prop_map(

@@ -2,8 +2,13 @@
 
 use std::os::unix::fs::FileExt;
 
+use std::time::{Duration, UNIX_EPOCH};
+
+use super::rest::TIMESTAMP_GRAIN;
 use super::*;
 use crate::store::MemoryState;
+
+const INCARNATION: Incarnation = Incarnation([7; 16]);
 
 const BLOCK: u64 = 16384;
 /// Three pages, the last one short; the second is a hole.
@@ -30,11 +35,18 @@ impl Lab {
         self.dir.path().join("image")
     }
 
+    /// Somebody else writes.
+    fn change(&self, offset: u64, bytes: &[u8]) {
+        let file = std::fs::File::options().write(true).open(self.path()).expect("opens");
+        file.write_all_at(bytes, offset).expect("writes behind our back");
+    }
+
     fn open(&self) -> Manifest {
         let image = Arc::new(Image::open_write(&self.path()).expect("opens"));
         let geometry = Geometry::new(SIZE, BLOCK).expect("a geometry");
         let state = Arc::clone(&self.state) as Arc<dyn State>;
-        Manifest::open("vm".parse().expect("a name"), image, geometry, state, self.is_released).expect("opens")
+        Manifest::open("vm".parse().expect("a name"), INCARNATION, image, geometry, state, self.is_released)
+            .expect("opens")
     }
 }
 
@@ -140,15 +152,53 @@ fn what_was_written_and_sealed_is_known_after_a_restart() {
 }
 
 #[test]
-fn a_sealed_image_that_changes_is_an_error() {
+fn an_image_that_is_changed_while_it_rests_is_hashed_anew() {
     let lab = Lab::new();
     let manifest = lab.open();
-    manifest.hash_page(PageIndex(0)).expect("hashes");
+    hash_all(&manifest);
     std::thread::sleep(TIMESTAMP_GRAIN);
-    let file = std::fs::File::options().write(true).open(lab.path()).expect("opens");
-    file.write_all_at(&[9; 512], 0).expect("writes behind our back");
-    assert!(matches!(manifest.check_unchanged(), Err(SourceError::Changed { .. })));
-    assert!(matches!(manifest.hash_page(PageIndex(2)), Err(SourceError::Changed { .. })));
+    lab.change(2 * BLOCK, &[9; 512]);
+    manifest.look().expect("is no error");
+    assert_eq!(manifest.roots(PageIndex(0), 1), [RootEntry::Unknown]);
+    let mut expected = vec![1; BLOCK as usize];
+    expected[..512].fill(9);
+    let page = manifest.page(PageIndex(0)).expect("hashes");
+    assert_eq!(page.id_of(BlockIndex(2)), Some(BlockId::of(&expected)));
+    hash_all(&manifest);
+    assert_eq!(manifest.hashed_pages(), 3);
+}
+
+#[test]
+fn what_was_changed_at_rest_is_released_as_it_is() {
+    let lab = Lab::new();
+    let manifest = Arc::new(lab.open());
+    hash_all(&manifest);
+    std::thread::sleep(TIMESTAMP_GRAIN);
+    // Over data, and into what was a hole.
+    lab.change(2 * BLOCK, &[9; BLOCK as usize]);
+    lab.change(1024 * BLOCK, &[9; BLOCK as usize]);
+    manifest.release().expect("releases");
+    assert_eq!(
+        manifest.roots(PageIndex(0), 3),
+        [RootEntry::Unknown, RootEntry::Unknown, RootEntry::Unknown],
+        "nothing of before is announced"
+    );
+    let nines = BlockId::of(&[9; BLOCK as usize]);
+    assert_eq!((serve(&manifest, 2), serve(&manifest, 1024)), (Ok(nines), Ok(nines)));
+    assert_eq!(manifest.page(PageIndex(1)).expect("hashes").id_of(BlockIndex(1024)), Some(nines));
+    hash_all(&manifest);
+    assert_eq!(serve(&manifest, 3), Ok(id_of_ones()));
+}
+
+#[test]
+fn an_image_that_was_cut_is_not_released() {
+    let lab = Lab::new();
+    let manifest = lab.open();
+    hash_all(&manifest);
+    std::fs::File::options().write(true).open(lab.path()).and_then(|file| file.set_len(SIZE - 1)).expect("cuts");
+    let error = manifest.release().expect_err("a byte is missing").to_string();
+    assert!(error.contains(&SIZE.to_string()), "{error}");
+    assert!(!manifest.is_released());
 }
 
 #[test]
@@ -157,9 +207,9 @@ fn a_damaged_row_costs_a_hash() {
     let manifest = lab.open();
     hash_all(&manifest);
     let expected = manifest.page(PageIndex(0)).expect("a page");
-    let mut row = lab.state.get(&manifest.page_key(PageIndex(0))).expect("gets").expect("a row");
+    let mut row = lab.state.get(&manifest.rows.indexed("page/", 0)).expect("gets").expect("a row");
     row[100] ^= 1;
-    lab.state.put(&manifest.page_key(PageIndex(0)), &row).expect("puts");
+    lab.state.put(&manifest.rows.indexed("page/", 0), &row).expect("puts");
     assert_eq!(manifest.page(PageIndex(0)).expect("hashes"), expected);
 }
 
@@ -189,32 +239,225 @@ fn an_image_that_is_written_while_it_is_opened_is_not_believed() {
     let geometry = Geometry::new(SIZE, BLOCK).expect("a geometry");
     let state = Arc::clone(&lab.state) as Arc<dyn State>;
     let name = "vm".parse().expect("a name");
-    let manifest = Manifest::open_written(name, Arc::clone(&image), geometry, state).expect("opens");
+    let manifest = Manifest::open_written(name, INCARNATION, Arc::clone(&image), geometry, state).expect("opens");
     // A write that nobody noted, into what was a hole.
     image.write_at(1024 * BLOCK, &[9; 512]).expect("writes");
     write(&manifest, 0, &[7; 512]);
     hash_all(&manifest);
     let page = manifest.page(PageIndex(1)).expect("is known");
     assert!(!page.is_zero());
-    manifest.check_unchanged().expect("nothing was promised yet");
+    manifest.look().expect("nothing was promised yet");
+}
+
+/// What a peer is told of a block, or why not.
+fn serve(manifest: &Arc<Manifest>, block: u64) -> Result<BlockId, String> {
+    let (image, geometry) = (Arc::clone(&manifest.image), manifest.geometry);
+    let name = "vm".parse().expect("a name");
+    let volume = crate::source::SourceVolume { name, image, geometry, manifest: Arc::clone(manifest), generation: 1 };
+    volume.read_block(BlockIndex(block)).map(|(id, _)| id).map_err(|error| error.to_string())
+}
+
+fn id_of_ones() -> BlockId {
+    BlockId::of(&[1; BLOCK as usize])
 }
 
 #[test]
-fn a_released_image_that_changed_while_nobody_looked_is_not_served() {
+fn a_touch_of_a_released_image_harms_nobody() {
+    use std::os::unix::fs::PermissionsExt;
+    for is_restarted in [false, true] {
+        let mut lab = Lab::new();
+        let mut manifest = Arc::new(lab.open());
+        manifest.release().expect("releases");
+        std::thread::sleep(TIMESTAMP_GRAIN);
+        std::fs::set_permissions(lab.path(), std::fs::Permissions::from_mode(0o640)).expect("chmod");
+        std::fs::hard_link(lab.path(), lab.dir.path().join("link")).expect("links");
+        if is_restarted {
+            drop(manifest);
+            lab.is_released = true;
+            manifest = Arc::new(lab.open());
+        }
+        assert_eq!(serve(&manifest, 2), Ok(id_of_ones()), "the page is not hashed yet");
+        manifest.page(PageIndex(0)).expect("hashes");
+        assert_eq!(serve(&manifest, 3), Ok(id_of_ones()));
+        // As touch does: a suspicion, and ids to tell by.
+        std::fs::File::options()
+            .write(true)
+            .open(lab.path())
+            .and_then(|file| file.set_modified(UNIX_EPOCH))
+            .expect("touches");
+        assert_eq!(serve(&manifest, 4), Ok(id_of_ones()));
+        let refused = serve(&manifest, 2048).expect_err("nothing tells what it held");
+        assert!(refused.contains("block 2048") && refused.contains("not known"), "{refused}");
+        assert!(matches!(manifest.page(PageIndex(2)), Err(SourceError::Changed { .. })));
+    }
+}
+
+#[test]
+fn a_released_image_that_is_grown_goes_on() {
     let mut lab = Lab::new();
     let manifest = lab.open();
-    manifest.seal().expect("seals");
+    hash_all(&manifest);
+    manifest.release().expect("releases");
     drop(manifest);
     lab.is_released = true;
-    let again = lab.open();
-    again.page(PageIndex(0)).expect("as it was");
-    drop(again);
     std::thread::sleep(TIMESTAMP_GRAIN);
-    let file = std::fs::File::options().write(true).open(lab.path()).expect("opens");
-    file.write_all_at(&[9; 512], 3 * BLOCK).expect("writes");
-    for _ in 0..2 {
-        let changed = lab.open();
-        assert!(matches!(changed.check_unchanged(), Err(SourceError::Changed { .. })));
-        assert!(matches!(changed.page(PageIndex(2)), Err(SourceError::Changed { .. })));
+    let grow = |size| std::fs::File::options().write(true).open(lab.path()).and_then(|file| file.set_len(size));
+    grow(SIZE + 4096).expect("grows");
+    let manifest = Arc::new(lab.open());
+    assert_eq!(serve(&manifest, 2), Ok(id_of_ones()));
+    assert_eq!(serve(&manifest, 2 * 1024 + 5), Ok(BlockId::of(&[2; 100])), "the last block ends where it did");
+    grow(SIZE).expect("is cut again");
+    assert_eq!(serve(&manifest, 2), Ok(id_of_ones()));
+}
+
+#[test]
+fn a_block_of_a_released_image_is_what_was_announced_or_refused() {
+    for (is_restarted, sets_time_back) in [(false, false), (true, false), (false, true), (true, true)] {
+        let mut lab = Lab::new();
+        let mut manifest = Arc::new(lab.open());
+        hash_all(&manifest);
+        manifest.release().expect("releases");
+        let (stamp, roots) = (manifest.image.stamp().expect("asks").expect("a file"), manifest.roots(PageIndex(0), 3));
+        std::thread::sleep(TIMESTAMP_GRAIN);
+        lab.change(3 * BLOCK, &[9; 512]);
+        if sets_time_back {
+            let time = UNIX_EPOCH + Duration::from_nanos(u64::try_from(stamp.mtime_ns).expect("after 1970"));
+            std::fs::File::options()
+                .write(true)
+                .open(lab.path())
+                .and_then(|file| file.set_modified(time))
+                .expect("sets times");
+        }
+        if is_restarted {
+            drop(manifest);
+            lab.is_released = true;
+            manifest = Arc::new(lab.open());
+        }
+        assert_eq!(serve(&manifest, 2), Ok(id_of_ones()), "is as it was");
+        for _ in 0..2 {
+            let refused = serve(&manifest, 3).expect_err("is another");
+            assert!(refused.contains("block 3") && refused.contains("announced"), "{refused}");
+        }
+        assert_eq!(manifest.roots(PageIndex(0), 3), roots, "what was announced stays");
     }
+}
+
+#[test]
+fn another_file_under_a_released_images_path_is_not_served() {
+    let mut lab = Lab::new();
+    let manifest = lab.open();
+    hash_all(&manifest);
+    manifest.release().expect("releases");
+    let modified = std::fs::metadata(lab.path()).and_then(|meta| meta.modified()).expect("asks");
+    drop(manifest);
+    let other = lab.dir.path().join("other");
+    let file = std::fs::File::create(&other).expect("creates");
+    file.set_len(SIZE).expect("grows");
+    file.write_all_at(&[5; 3 * BLOCK as usize], 2 * BLOCK).expect("writes");
+    file.set_modified(modified).expect("sets times");
+    drop(file);
+    std::fs::rename(&other, lab.path()).expect("renames");
+    lab.is_released = true;
+    let manifest = Arc::new(lab.open());
+    assert!(serve(&manifest, 2).is_err());
+    assert_eq!(serve(&manifest, 1), Ok(BlockId::ZERO), "is what was announced");
+    assert!(serve(&manifest, 2053).is_err(), "its end is not what was announced");
+}
+
+#[test]
+fn what_was_sent_before_its_page_was_hashed_is_announced_as_well() {
+    let mut lab = Lab::new();
+    let mut manifest = Arc::new(lab.open());
+    manifest.release().expect("releases");
+    assert_eq!(serve(&manifest, 2), Ok(id_of_ones()));
+    drop(manifest);
+    lab.is_released = true;
+    let stamp = std::fs::metadata(lab.path()).and_then(|meta| meta.modified()).expect("asks");
+    lab.change(2 * BLOCK, &[9; 512]);
+    std::fs::File::options()
+        .write(true)
+        .open(lab.path())
+        .and_then(|file| file.set_modified(stamp))
+        .expect("sets times");
+    manifest = Arc::new(lab.open());
+    assert!(serve(&manifest, 2).expect_err("another").contains("block 2"));
+    assert!(matches!(manifest.page(PageIndex(0)), Err(SourceError::Changed { .. })), "the page would say otherwise");
+    lab.change(2 * BLOCK, &[1; 512]);
+    std::fs::File::options()
+        .write(true)
+        .open(lab.path())
+        .and_then(|file| file.set_modified(stamp))
+        .expect("sets times");
+    manifest.page(PageIndex(0)).expect("is as it was");
+    assert_eq!(serve(&manifest, 2), Ok(id_of_ones()));
+    assert_eq!(
+        lab.state
+            .scan_prefix(&manifest.rows.indexed("told/", 0)[..manifest.rows.indexed("told/", 0).len() - 8])
+            .expect("scans")
+            .len(),
+        0
+    );
+}
+
+#[test]
+fn a_damaged_row_of_a_released_image_is_mended_or_nothing_is_believed() {
+    let mut lab = Lab::new();
+    let manifest = lab.open();
+    hash_all(&manifest);
+    manifest.release().expect("releases");
+    let expected = manifest.page(PageIndex(0)).expect("a page");
+    drop(manifest);
+    lab.is_released = true;
+    let manifest = Arc::new(lab.open());
+    let key = manifest.rows.indexed("page/", 0);
+    let mut row = lab.state.get(&key).expect("gets").expect("a row");
+    row[100] ^= 1;
+    lab.state.put(&key, &row).expect("puts");
+    assert_eq!(manifest.page(PageIndex(0)).expect("hashes"), expected);
+    lab.state.put(&key, &row).expect("puts");
+    lab.change(3 * BLOCK, &[9; 512]);
+    assert!(matches!(manifest.page(PageIndex(0)), Err(SourceError::Changed { .. })));
+}
+
+#[test]
+fn what_comes_back_and_is_written_is_announced_anew() {
+    let lab = Lab::new();
+    let manifest = Arc::new(lab.open());
+    manifest.release().expect("releases");
+    assert_eq!(serve(&manifest, 2), Ok(id_of_ones()));
+    write(&manifest, 2 * BLOCK, &[7; BLOCK as usize]);
+    manifest.image.sync_data().expect("syncs");
+    manifest.release().expect("releases again");
+    assert_eq!(serve(&manifest, 2), Ok(BlockId::of(&[7; BLOCK as usize])));
+}
+
+#[test]
+fn a_manifest_that_is_closed_writes_no_rows_and_answers_nothing() {
+    let lab = Lab::new();
+    let manifest = Arc::new(lab.open());
+    manifest.page(PageIndex(0)).expect("hashes");
+    manifest.close();
+    manifest.forget_rows().expect("forgets");
+    assert!(matches!(manifest.hash_page(PageIndex(2)), Err(SourceError::Gone { .. })));
+    assert!(matches!(manifest.page(PageIndex(0)), Err(SourceError::Gone { .. })));
+    assert!(matches!(manifest.release(), Err(SourceError::Gone { .. })));
+    assert!(serve(&manifest, 2).is_err());
+    manifest.note_write(0..4096).expect("is nobody's any more");
+    assert_eq!(lab.state.scan_prefix(b"hash/").expect("scans").len(), 0);
+}
+
+#[test]
+fn rows_of_another_incarnation_are_not_seen() {
+    let lab = Lab::new();
+    let manifest = lab.open();
+    hash_all(&manifest);
+    drop(manifest);
+    let image = Arc::new(Image::open_write(&lab.path()).expect("opens"));
+    let geometry = Geometry::new(SIZE, BLOCK).expect("a geometry");
+    let state = Arc::clone(&lab.state) as Arc<dyn State>;
+    let name = "vm".parse().expect("a name");
+    let other = Manifest::open(name, Incarnation([8; 16]), image, geometry, state, false).expect("opens");
+    assert_eq!(other.roots(PageIndex(0), 1), [RootEntry::Unknown]);
+    drop(other);
+    assert_eq!(lab.open().hashed_pages(), 3, "and they stay");
 }

@@ -3,7 +3,7 @@
 use futures::future::BoxFuture;
 
 use super::*;
-use crate::core::ids::{BlockIndex, Nonce};
+use crate::core::ids::{BlockIndex, Incarnation, Nonce};
 use crate::core::manifest::Geometry;
 use crate::core::wire::Want;
 use crate::image::Image;
@@ -14,17 +14,19 @@ use crate::transport::memory;
 struct OneVolume(Arc<SourceVolume>);
 
 impl Catalog for OneVolume {
-    fn open(&self, _peer: &Name, volume: &Name) -> Result<(Arc<SourceVolume>, u64), Refused> {
-        if *volume == self.0.name { Ok((Arc::clone(&self.0), 1)) } else { Err((Refusal::UnknownVolume, "none".into())) }
+    fn open(&self, _peer: &Name, volume: &Name) -> Result<Offered, Refused> {
+        match *volume == self.0.name {
+            true => Ok(Offered { source: Arc::clone(&self.0), epoch: 1, is_read_only: false }),
+            false => Err((Refusal::UnknownVolume, 0, "none".into())),
+        }
     }
-    fn take_over<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
+
+    fn ask(&self, _: &Name, _: &Name, question: Question) -> BoxFuture<'static, Answer> {
+        Box::pin(std::future::ready(Answer::Done(question.epoch())))
     }
-    fn completed<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
-    }
-    fn give_back<'a>(&'a self, _: &'a Name, _: &'a Name, epoch: u64) -> BoxFuture<'a, Result<u64, Refused>> {
-        Box::pin(std::future::ready(Ok(epoch)))
+
+    fn greet(&self, _: &Name, _: Option<std::net::SocketAddr>, _: Nonce, _: Nonce) -> Result<(), String> {
+        Ok(())
     }
 }
 
@@ -42,7 +44,8 @@ fn connect() -> Peer {
     let geometry = Geometry::new(3 << 16, 1 << 16).expect("a geometry");
     let name: Name = "vm".parse().expect("a name");
     let state = Arc::new(MemoryState::new());
-    let manifest = Manifest::open(name.clone(), Arc::clone(&image), geometry, state, false).expect("opens");
+    let manifest =
+        Manifest::open(name.clone(), Incarnation([1; 16]), Arc::clone(&image), geometry, state, false).expect("opens");
     let volume = Arc::new(SourceVolume { name, image, geometry, manifest: Arc::new(manifest), generation: 1 });
     let (here, there) = memory::pair("b".parse().expect("a name"), "a".parse().expect("a name"));
     let workers = Workers::start("test", 1, 1).expect("threads");
@@ -128,7 +131,7 @@ async fn requests_that_make_no_sense_are_refused_and_the_rest_is_served() {
     peer.send(Control::Open { request: 1, volume: "other".parse().expect("a name") }).await;
     assert!(matches!(peer.answer().await, Some(Control::Refused { request: 1, refusal: Refusal::UnknownVolume, .. })));
     peer.send(Control::Reclaimed { request: 2, epoch: 2, volume: "vm".parse().expect("a name") }).await;
-    assert!(matches!(peer.answer().await, Some(Control::Refused { request: 2, refusal: Refusal::BadRequest, .. })));
+    assert!(matches!(peer.answer().await, Some(Control::Done { request: 2, epoch: 2 })), "the site answers it");
     let handle = peer.open().await;
     for bad in [want(10, handle, 3), want(10, handle, u64::MAX), want(10, handle + 1, 0)] {
         peer.send(Control::Wants(vec![bad])).await;

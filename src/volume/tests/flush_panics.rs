@@ -114,6 +114,7 @@ impl Scene {
 fn parts(image: Image, state: &Arc<MemoryState>) -> VolumeParts {
     VolumeParts {
         name: name("vm"),
+        incarnation: INCARNATION,
         image: Arc::new(image),
         geometry: Geometry::new(8 * BLOCK, BLOCK).expect("a geometry"),
         state: Arc::clone(state) as Arc<dyn State>,

@@ -8,10 +8,11 @@ const LEN: usize = 100_000;
 
 fn parts(dir: &tempfile::TempDir) -> VolumeParts {
     let path = dir.path().join("disk.raw");
-    let image = Image::create(&path, 8 * BLOCK).expect("makes a file");
+    let image = Image::create(&path, 8 * BLOCK, Overwrite::OnlyBlank).expect("makes a file");
     let geometry = Geometry::new(8 * BLOCK, BLOCK).expect("a geometry");
     VolumeParts {
         name: name("vm"),
+        incarnation: INCARNATION,
         image: Arc::new(image),
         geometry,
         state: Arc::new(MemoryState::new()),
@@ -90,7 +91,7 @@ async fn the_observer_is_told_of_what_comes_through_pipes() {
     let mut pipe = filled(3);
     {
         // While it is being changed: nothing is done, and nothing lost.
-        let _changing = volume.observer.write();
+        let _changing = volume.writes.observer.write();
         assert!(volume.write_from(512, &mut pipe, LEN).is_none());
     }
     assert_eq!(pipe.len_bytes(), LEN);

@@ -88,6 +88,35 @@ pub fn output(command: &mut Command, seen: bool) -> Result<String> {
     bail!("{name} {} failed ({status})\n{}{}", args.join(" "), tail(&out), tail(&err))
 }
 
+/// What a command came to.
+#[derive(Debug)]
+pub struct Said {
+    /// Whether it succeeded.
+    pub is_done: bool,
+    /// On stdout.
+    pub out: String,
+    /// On stderr.
+    pub err: String,
+}
+
+/// Runs to the end, whatever that is; `None`: it had not ended after `patience`, and was killed.
+///
+/// # Errors
+/// When it cannot be started or waited for, or somebody interrupts.
+pub fn said(command: &mut Command, patience: Duration) -> Result<Option<Said>> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let mut asked = Asked { child: child.with_context(|| format!("cannot start {name}"))? };
+    let out = asked.child.stdout.take().map(drain);
+    let err = asked.child.stderr.take().map(drain);
+    let Some(is_done) = asked.ends_within(patience)? else { return Ok(None) };
+    let text = |reader: Option<thread::JoinHandle<Vec<u8>>>| {
+        let bytes = reader.and_then(|reader| reader.join().ok()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    Ok(Some(Said { is_done, out: text(out), err: text(err) }))
+}
+
 /// A command under way.
 #[derive(Debug)]
 pub struct Asked {
@@ -110,15 +139,19 @@ impl Asked {
     /// # Errors
     /// When it cannot be waited for, or somebody interrupts.
     pub fn finish(mut self, patience: Duration) -> Result<bool> {
+        Ok(self.ends_within(patience)?.unwrap_or(false))
+    }
+
+    fn ends_within(&mut self, patience: Duration) -> Result<Option<bool>> {
         let deadline = Instant::now() + patience;
         while Instant::now() < deadline {
             if let Some(status) = self.child.try_wait().context("cannot wait for a command")? {
-                return Ok(status.success());
+                return Ok(Some(status.success()));
             }
             check_interrupt()?;
             thread::sleep(POLL);
         }
-        Ok(false)
+        Ok(None)
     }
 }
 

@@ -12,7 +12,7 @@ use blockferry_wan::units::{Rate, Span};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::process::{self, Asked, Daemon};
+use crate::process::{self, Asked, Daemon, Said};
 
 /// The programs of this repository.
 pub struct Programs {
@@ -76,12 +76,25 @@ impl Site {
     /// # Errors
     /// When the file cannot be written.
     pub fn configure(&self, peer: &Site, address: Option<&str>, more: &str) -> Result<()> {
-        let address = address.map_or(String::new(), |address| format!("address = \"{address}\"\n"));
-        let config = format!(
-            "[site]\nname = \"{}\"\nstate_dir = \".\"\n\n[peer]\nlisten = \"{}\"\n{more}\n\
-             [[peers]]\nname = \"{}\"\n{address}fingerprint = \"{}\"\nvolumes = [\"*\"]\n",
-            self.name, self.peer_address, peer.name, peer.fingerprint
+        self.configure_for(&[(peer, address)], more)
+    }
+
+    /// The same for several peers.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn configure_for(&self, peers: &[(&Site, Option<&str>)], more: &str) -> Result<()> {
+        let mut config = format!(
+            "[site]\nname = \"{}\"\nstate_dir = \".\"\n\n[peer]\nlisten = \"{}\"\n{more}\n",
+            self.name, self.peer_address
         );
+        for (peer, address) in peers {
+            let address = address.map_or(String::new(), |address| format!("address = \"{address}\"\n"));
+            config.push_str(&format!(
+                "[[peers]]\nname = \"{}\"\n{address}fingerprint = \"{}\"\nvolumes = [\"*\"]\n",
+                peer.name, peer.fingerprint
+            ));
+        }
         let path = self.config();
         fs::write(&path, config).with_context(|| format!("cannot write {}", path.display()))
     }
@@ -175,6 +188,21 @@ impl Site {
     pub fn ask_later(&self, arguments: &[&str]) -> Result<Asked> {
         let mut command = process::command(&self.blockferry);
         Asked::start(command.args(arguments).arg("--state").arg(&self.dir))
+    }
+
+    /// What `blockferry` comes to, whether it succeeds or not; `None`: nothing within `patience`.
+    ///
+    /// # Errors
+    /// When the daemon has ended by itself, or the program cannot be started.
+    pub fn say(&mut self, arguments: &[&str], patience: Duration) -> Result<Option<Said>> {
+        self.check()?;
+        let mut command = process::command(&self.blockferry);
+        process::said(command.args(arguments).arg("--state").arg(&self.dir), patience)
+    }
+
+    /// Whether its daemon was started, and not stopped since.
+    pub fn is_running(&self) -> bool {
+        self.daemon.is_some()
     }
 
     /// Its status.
@@ -302,6 +330,8 @@ pub struct VolumeStatus {
     pub phase: String,
     pub phase_reason: String,
     pub owner: String,
+    #[serde(default)]
+    pub epoch: u64,
     pub image: PathBuf,
     pub size_bytes: u64,
     pub block_size_bytes: u64,
@@ -309,6 +339,17 @@ pub struct VolumeStatus {
     pub moved: Moved,
     pub demand_latency_ms: DaemonLatency,
     pub eta_s: Option<f64>,
+    #[serde(default)]
+    pub guest_written_bytes: u64,
+    #[serde(default)]
+    pub owed: Vec<Owed>,
+}
+
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[allow(missing_docs, reason = "as above")]
+pub struct Owed {
+    pub peer: String,
+    pub what: String,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]

@@ -1,4 +1,4 @@
-//! What may happen to two sites and the link between them, and how often. Pure.
+//! What may happen to the sites of a relocation and the links between them, and how often. Pure.
 
 use blockferry_lab::random::Random;
 use serde::Serialize;
@@ -27,12 +27,16 @@ pub enum Kind {
     LinkStalled,
     /// The link is cut, the destination killed, and both come back one after the other.
     LinkCutDestinationKilled,
+    /// SIGKILL at the site that has nothing to do with it.
+    BystanderKilled,
+    /// SIGKILL at the owner, before the disk goes anywhere.
+    OwnerKilled,
     /// SIGKILL at one of them, or both, in the middle of the hand-over.
     HandOverKilled,
 }
 
-/// All but the one that needs a hand-over, with their weights.
-const WEIGHTS: [(Kind, u64); 10] = [
+/// Those that need a relocation under way, with their weights.
+const WEIGHTS: [(Kind, u64); 11] = [
     (Kind::DestinationKilled, 30),
     (Kind::SourceKilled, 14),
     (Kind::BothKilled, 12),
@@ -43,6 +47,7 @@ const WEIGHTS: [(Kind, u64); 10] = [
     (Kind::LinkStalled, 5),
     (Kind::LinkCutDestinationKilled, 5),
     (Kind::DestinationStopped, 4),
+    (Kind::BystanderKilled, 3),
 ];
 
 impl Kind {
@@ -71,6 +76,8 @@ impl Kind {
             Kind::LinkDead => "link dead",
             Kind::LinkStalled => "link stalled",
             Kind::LinkCutDestinationKilled => "link cut, destination killed",
+            Kind::BystanderKilled => "third site killed",
+            Kind::OwnerKilled => "owner killed, nothing under way",
             Kind::HandOverKilled => "killed during the hand-over",
         }
     }

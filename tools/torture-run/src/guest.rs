@@ -14,8 +14,8 @@ use blockferry_lab::nbd::{NbdClient, NbdError};
 use blockferry_lab::process::check_interrupt;
 use blockferry_lab::random::Random;
 
-use crate::model::{Change, Loss, Model};
-use crate::record::SECTOR_BYTES;
+use crate::model::{Change, Loss, Model, Originals};
+use crate::record::{self, SECTOR_BYTES};
 
 /// Connections.
 const CLIENTS: usize = 4;
@@ -31,6 +31,7 @@ const MOST_LOSSES: usize = 20;
 
 /// A disk and what has become of it: outlives its clients.
 pub struct Disk {
+    number: u64,
     model: Mutex<Model>,
     sequence: AtomicU64,
     losses: Mutex<Vec<Loss>>,
@@ -50,17 +51,39 @@ pub struct Done {
     pub flushes: u64,
 }
 
+impl std::ops::Add for Done {
+    type Output = Done;
+    fn add(self, other: Done) -> Done {
+        Done {
+            reads: self.reads + other.reads,
+            writes: self.writes + other.writes,
+            flushes: self.flushes + other.flushes,
+        }
+    }
+}
+
 impl Disk {
-    /// A disk with these bytes.
-    pub fn new(bytes: Vec<u8>) -> Arc<Disk> {
+    /// The disk of this number, with these bytes; `others`: what an earlier disk held.
+    pub fn new(number: u64, bytes: Vec<u8>, others: Option<Originals>) -> Arc<Disk> {
         Arc::new(Disk {
-            model: Mutex::new(Model::new(bytes)),
+            number,
+            model: Mutex::new(Model::new(number, bytes, others)),
             sequence: AtomicU64::new(0),
             losses: Mutex::default(),
             reads: AtomicU64::new(0),
             writes: AtomicU64::new(0),
             flushes: AtomicU64::new(0),
         })
+    }
+
+    /// Its number.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// The number of the next write to it.
+    pub fn next_sequence(&self) -> u64 {
+        record::sequence(self.number, self.sequence.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
     /// What its bytes have to be.
@@ -256,7 +279,7 @@ impl Client<'_> {
         if kind < 45 {
             return Some(Request::Read(range));
         }
-        let sequence = self.shared.disk.sequence.fetch_add(1, Ordering::Relaxed) + 1;
+        let sequence = self.shared.disk.next_sequence();
         let change = Change { sequence, range, is_zeros: kind < 56 };
         Some(Request::Change { change, is_fua: self.random.below(12) == 0, is_trim: (52..56).contains(&kind) })
     }
@@ -316,7 +339,7 @@ mod tests {
 
     #[test]
     fn requests_stay_in_the_disk_and_apart_from_each_other() {
-        let disk = Disk::new(vec![0; (1 << 20) + 700]);
+        let disk = Disk::new(1, vec![0; (1 << 20) + 700], None);
         let shared = Shared {
             disk,
             socket: PathBuf::new(),

@@ -8,6 +8,19 @@ const MAGIC: [u8; 8] = *b"torture\n";
 /// Magic, checksum, sequence number, sector.
 const HEADER: usize = 32;
 
+/// Above the number of a write stands the number of its disk.
+const DISK_SHIFT: u32 = 40;
+
+/// The number of a write, across all disks.
+pub fn sequence(disk: u64, write: u64) -> u64 {
+    disk << DISK_SHIFT | write
+}
+
+/// The disk and the write that a number stands for.
+pub fn parts(sequence: u64) -> (u64, u64) {
+    (sequence >> DISK_SHIFT, sequence & ((1 << DISK_SHIFT) - 1))
+}
+
 /// The bytes that write `sequence` puts at `offset` and behind it; neither end need be a sector's.
 pub fn fill(sequence: u64, offset: u64, into: &mut [u8]) {
     let mut done = 0;
@@ -66,5 +79,6 @@ mod tests {
         whole[40] ^= 1;
         assert_eq!(read(&whole[..SECTOR]), None);
         assert_eq!(read(&[0; SECTOR]), None);
+        assert_eq!(parts(sequence(3, 9)), (3, 9));
     }
 }

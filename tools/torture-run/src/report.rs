@@ -7,7 +7,9 @@ use serde::Serialize;
 
 use crate::cycle::Kind;
 use crate::guest::Done;
-use crate::model::{Checked, Loss};
+use crate::model::{Checked, Loss, words};
+use crate::operator::Outcome;
+use crate::verb::Verb;
 
 /// A whole run.
 #[derive(Default, Serialize)]
@@ -22,6 +24,18 @@ pub struct Report {
     pub rtt_ms: f64,
     /// How often each kind of fault was made.
     pub cycles: BTreeMap<Kind, u64>,
+    /// How often an operator did what, and what came of it.
+    pub verbs: BTreeMap<Verb, BTreeMap<Outcome, u64>>,
+    /// Verbs that had to be refused, and were, with a reason and without an effect.
+    pub refusals: u64,
+    /// Writes that were tried at sites that do not own the disk: all refused, or the run would have ended.
+    pub probes: u64,
+    /// Sites killed, all together.
+    pub kills: u64,
+    /// Relocations to a third site while the first one still had what it released.
+    pub hops: u64,
+    /// Times that nothing moved although everything was up, or a verb was not answered.
+    pub stuck: u64,
     /// What the clients did.
     pub done: Done,
     /// What was looked for after restarts, all together.
@@ -94,7 +108,13 @@ impl Times {
 impl Report {
     /// Whether nothing was lost and nobody panicked.
     pub fn is_right(&self) -> bool {
-        self.losses.is_empty() && self.panics == 0
+        self.losses.is_empty() && self.panics == 0 && self.stuck == 0
+    }
+
+    /// How many losses are bytes of another disk, and how many are not.
+    pub fn foreign_and_lost(&self) -> (usize, usize) {
+        let foreign = self.losses.iter().filter(|found| found.loss.is_foreign).count();
+        (foreign, self.losses.len() - foreign)
     }
 
     /// Cycles of all kinds.
@@ -110,6 +130,15 @@ impl Report {
         for (kind, count) in &self.cycles {
             let _ = writeln!(text, "  {:<50}{count:>8}", kind.words());
         }
+        let verbs: u64 = self.verbs.values().flat_map(|outcomes| outcomes.values()).sum();
+        let _ = writeln!(text, "operator's verbs {verbs:>43}");
+        for (verb, outcomes) in &self.verbs {
+            let _ = writeln!(text, "  {:<50}{:>8}", verb.words(), outcomes.values().sum::<u64>());
+            for (outcome, count) in outcomes {
+                let _ = writeln!(text, "    {outcome:<48}{count:>8}");
+            }
+        }
+        let (foreign, lost) = self.foreign_and_lost();
         let mut line = |what: &str, value: String| {
             let _ = writeln!(text, "{what:<40}{value:>20}");
         };
@@ -122,7 +151,13 @@ impl Report {
         line("untouched blocks compared", self.untouched_blocks.to_string());
         line("relocations completed", self.relocations.to_string());
         line("bytes over the WAN", format!("{} MiB", self.wan_bytes >> 20));
-        line("lost", self.losses.len().to_string());
+        line("  to a third site", self.hops.to_string());
+        line("sites killed", self.kills.to_string());
+        line("verbs refused, as they had to be", self.refusals.to_string());
+        line("writes refused where not owned", self.probes.to_string());
+        line("lost", lost.to_string());
+        line("foreign", foreign.to_string());
+        line("stuck", self.stuck.to_string());
         line("panics", self.panics.to_string());
         let _ = writeln!(text, "ready again, destination    {}", self.destination_ready.words());
         let _ = writeln!(text, "ready again, source         {}", self.source_ready.words());
@@ -139,11 +174,12 @@ impl Report {
             let durable = if loss.was_flushed { "flushed" } else { "acknowledged, not flushed" };
             let expected = match loss.expected_sequence {
                 0 => "the image's own bytes".to_owned(),
-                sequence => format!("write {sequence} ({durable})"),
+                sequence => format!("{} ({durable})", words(sequence)),
             };
+            let what = if loss.is_foreign { "FOREIGN" } else { "LOST" };
             let _ = writeln!(
                 text,
-                "LOST: seed {}, cycle {cycle} ({after}): byte {}: expected {expected}, found {}; {} sectors are wrong",
+                "{what}: seed {}, cycle {cycle} ({after}): byte {}: expected {expected}, found {}; {} sectors are wrong",
                 self.seed, loss.offset, loss.found, loss.wrong_sectors
             );
         }
@@ -164,20 +200,21 @@ mod tests {
         report.destination_ready.add(0.1);
         let loss = Loss {
             offset: 4096,
-            expected_sequence: 12,
+            expected_sequence: crate::record::sequence(1, 12),
             was_flushed: true,
-            found: "write 9".to_owned(),
+            found: "write 9 of disk 1".to_owned(),
             wrong_sectors: 2,
+            is_foreign: false,
         };
         report.losses.push(FoundLoss { cycle: 2, after: "source killed", loss });
         assert!(!report.is_right());
         let said = report.losses();
-        for word in ["seed 7", "cycle 2", "byte 4096", "write 12 (flushed)", "found write 9", "2 sectors"] {
+        for word in ["seed 7", "cycle 2", "byte 4096", "write 12 of disk 1 (flushed)", "found write 9", "2 sectors"] {
             assert!(said.contains(word), "{said}");
         }
         let table = report.table();
         assert!(table.contains("store deleted") && table.contains("longest 0.20 s"), "{table}");
         let json = serde_json::to_string(&report).unwrap();
-        assert!(json.contains("\"store_lost\":3") && json.contains("\"expected_sequence\":12"), "{json}");
+        assert!(json.contains("\"store_lost\":3") && json.contains("\"found\":\"write 9 of disk 1\""), "{json}");
     }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use blockferry_lab::images::{self, Wanted, copy_sparse};
 use blockferry_lab::process::{catch_signals, check_interrupt};
 use blockferry_lab::random::Random;
@@ -16,9 +16,11 @@ use blockferry_wan::units::Rate;
 
 use crate::cli::Cli;
 use crate::cycle::Kind;
-use crate::relocation::{Relocation, Sites};
+use crate::relocation::{Place, Relocation};
 use crate::report::{FoundLoss, Report};
+use crate::sites::{NAME, Sites, Stuck};
 use crate::terabyte;
+use crate::verb::Deck;
 
 /// A connection that is silent for this long is given up: short, so that a dead link is noticed within a cycle.
 const IDLE_TIMEOUT_MS: u64 = 1000;
@@ -39,7 +41,7 @@ pub fn run(cli: &Cli) -> Result<bool> {
     let size_bytes = cli.size.unwrap_or(if cli.quick { 64 << 20 } else { 256 << 20 });
     let cycles = cli.cycles.unwrap_or(if cli.quick { 20 } else { 200 });
     println!(
-        "{cycles} times something is killed or cut while a disk of {} MiB moves back and forth under its clients; seed {}.",
+        "{cycles} times something is killed or cut while a disk of {} MiB moves between three sites under its clients; seed {}.",
         size_bytes >> 20,
         cli.seed
     );
@@ -59,6 +61,7 @@ pub fn run(cli: &Cli) -> Result<bool> {
     let outcome = Torture::start(cli, &programs, run_dir.path(), &first, &mut report, &clock)
         .and_then(|torture| torture.run(cycles, run_dir.path()));
     check_interrupt()?;
+    report.stuck = outcome.as_ref().err().map_or(0, |error| u64::from(error.chain().any(|cause| cause.is::<Stuck>())));
     report.panics = panics(run_dir.path());
     report.seconds = clock.0.elapsed().as_secs_f64();
     if outcome.is_err() || !report.is_right() {
@@ -67,21 +70,22 @@ pub fn run(cli: &Cli) -> Result<bool> {
     println!("\n{}{}", report.table(), report.losses());
     cli.run.write_json(&report)?;
     outcome.with_context(|| format!("seed {}, cycle {}", cli.seed, report.all_cycles()))?;
-    let verdict = if report.is_right() { "PASS: 0 lost" } else { "FAIL" };
+    let verdict = if report.is_right() { "PASS: 0 lost, 0 foreign bytes" } else { "FAIL" };
     println!("{verdict} ({:.0} s).", report.seconds);
     Ok(report.is_right())
 }
 
-struct Torture<'a> {
-    sites: Sites,
-    relocation: Relocation,
-    random: Random,
+/// A run under way.
+pub struct Torture<'a> {
+    pub(crate) sites: Sites,
+    pub(crate) relocation: Relocation,
+    pub(crate) random: Random,
+    pub(crate) rate: Rate,
     report: &'a mut Report,
     clock: &'a Clock,
-    rate: Rate,
+    deck: Deck,
     /// Pauses last up to so long.
     pause_ms: u64,
-    is_under_way: bool,
     last: &'static str,
 }
 
@@ -96,18 +100,28 @@ impl<'a> Torture<'a> {
     ) -> Result<Torture<'a>> {
         let mut a = Site::init(programs, run_dir, "a")?;
         let mut b = Site::init(programs, run_dir, "b")?;
+        let mut c = Site::init(programs, run_dir, "c")?;
         let lines = format!("idle_timeout = \"{IDLE_TIMEOUT_MS}ms\"\n");
-        // A relay has to be told where its site is, and a site where the relay to its peer is.
-        a.configure(&b, None, &lines)?;
-        a.start()?;
-        let to_a = Relay::start(programs, run_dir, "wan-to-a", a.peer_address(), cli.rate, cli.rtt)?;
-        b.configure(&a, Some(&to_a.address), &lines)?;
-        b.start()?;
-        let to_b = Relay::start(programs, run_dir, "wan-to-b", b.peer_address(), cli.rate, cli.rtt)?;
-        a.stop()?;
-        a.configure(&b, Some(&to_b.address), &lines)?;
-        a.start()?;
-        let mut sites = Sites { sites: [a, b], relays: [to_a, to_b] };
+        // A relay has to be told where its site is, and a site where the relays to its peers are.
+        a.configure_for(&[(&b, None), (&c, None)], &lines)?;
+        b.configure_for(&[(&a, None), (&c, None)], &lines)?;
+        c.configure_for(&[(&a, None), (&b, None)], &lines)?;
+        let relay = |site: &mut Site, name: &str| {
+            site.start()?;
+            let relay = Relay::start(programs, run_dir, name, site.peer_address(), cli.rate, cli.rtt)?;
+            site.stop()?;
+            anyhow::Ok(relay)
+        };
+        let (to_a, to_b) = (relay(&mut a, "wan-to-a")?, relay(&mut b, "wan-to-b")?);
+        let to_c = relay(&mut c, "wan-to-c")?;
+        let [at_a, at_b, at_c] = [&to_a, &to_b, &to_c].map(|relay| Some(relay.address.as_str()));
+        a.configure_for(&[(&b, at_b), (&c, at_c)], &lines)?;
+        b.configure_for(&[(&a, at_a), (&c, at_c)], &lines)?;
+        c.configure_for(&[(&a, at_a), (&b, at_b)], &lines)?;
+        let mut sites = Sites::new([a, b, c], [to_a, to_b, to_c]);
+        for site in &mut sites.sites {
+            site.start()?;
+        }
         let relocation = Relocation::new(&mut sites, image)?;
         Ok(Torture {
             sites,
@@ -116,85 +130,151 @@ impl<'a> Torture<'a> {
             report,
             clock,
             rate: cli.rate,
-            pause_ms: if cli.quick { 500 } else { 1200 },
-            is_under_way: false,
+            deck: Deck::default(),
+            pause_ms: if cli.quick { 300 } else { 1200 },
             last: "start",
         })
     }
 
     fn run(mut self, cycles: u64, folder: &Path) -> Result<()> {
+        let done = self.run_cycles(cycles, folder);
+        self.collect();
+        self.report.done = self.relocation.done();
+        (self.report.refusals, self.report.probes) = (self.sites.refusals, self.sites.probes);
+        self.report.kills = self.sites.kills;
+        done?;
+        self.report.wan_bytes = self.sites.wan_bytes()?;
+        let Sites { mut sites, relays, .. } = self.sites;
+        sites.iter_mut().try_for_each(Site::stop)?;
+        relays.into_iter().try_for_each(Relay::stop)
+    }
+
+    fn run_cycles(&mut self, cycles: u64, folder: &Path) -> Result<()> {
+        let mut faults = 0;
         while self.report.all_cycles() < cycles && self.report.losses.is_empty() {
             check_interrupt()?;
-            if !self.is_under_way {
-                self.begin()?;
+            if let Place::Home(_) = self.relocation.place {
+                self.operator()?;
+                if let Place::Home(at) = self.relocation.place {
+                    self.begin(at)?;
+                }
                 continue;
             }
             let kind = Kind::draw(&mut self.random);
             self.pause(150);
-            *self.report.cycles.entry(kind).or_default() += 1;
-            self.last = kind.words();
+            self.count(kind);
             let done = self.cycle(kind).with_context(|| kind.words());
             self.collect();
             done?;
             self.relocation.check_guest()?;
             let (here, is_complete) = self.relocation.progress(&mut self.sites)?;
             self.say(&format!("{}; {here} % is here", kind.words()));
+            faults += 1;
             if is_complete {
                 self.finish()?;
+            } else if faults % 2 == 0 {
+                self.operator()?;
             }
         }
-        if self.is_under_way && self.report.losses.is_empty() {
-            self.sites.set_rate(Rate::from_bits_per_second(FAST_BITS_PER_S))?;
+        if let Place::Moving { .. } = self.relocation.place
+            && self.report.losses.is_empty()
+        {
+            self.sites.set_rate(self.fast())?;
             self.relocation.wait_complete(&mut self.sites)?;
             self.finish()?;
         }
-        self.report.done = self.relocation.disk.done();
         if self.report.losses.is_empty() {
             self.clock.say("a sparse volume of 1 TiB, killed half-way");
-            self.sites.set_rate(Rate::from_bits_per_second(FAST_BITS_PER_S))?;
+            self.sites.set_rate(self.fast())?;
             match terabyte::measure(&mut self.sites, folder)? {
                 Ok(times) => self.report.terabyte_ready = times,
                 Err(why) => self.report.terabyte_skipped = Some(why),
             }
         }
-        self.report.wan_bytes = self.sites.wan_bytes()?;
-        let Sites { mut sites, relays } = self.sites;
-        sites.iter_mut().try_for_each(Site::stop)?;
-        relays.into_iter().try_for_each(Relay::stop)
+        Ok(())
+    }
+
+    /// An operator does something.
+    fn operator(&mut self) -> Result<()> {
+        let is_under_way = matches!(self.relocation.place, Place::Moving { .. });
+        let verb = self.deck.draw(&mut self.random, is_under_way);
+        self.last = verb.words();
+        let done = self.operate(verb).with_context(|| verb.words());
+        self.collect();
+        let outcome = done?;
+        *self.report.verbs.entry(verb).or_default().entry(outcome).or_default() += 1;
+        self.say(&format!("{}: {outcome}", verb.words()));
+        Ok(())
+    }
+
+    fn count(&mut self, kind: Kind) {
+        *self.report.cycles.entry(kind).or_default() += 1;
+        self.last = kind.words();
     }
 
     /// The clients work at the source for a moment; then the disk is handed over, mostly not in peace.
-    fn begin(&mut self) -> Result<()> {
-        let source = self.relocation.source;
-        self.relocation.start_guest(&self.sites, source, &mut self.random);
+    fn begin(&mut self, source: usize) -> Result<()> {
+        self.start_guest();
         self.pause(100);
-        self.relocation.stop_guest()?;
-        let mut is_counted = false;
-        if self.random.below(4) > 0 {
-            is_counted = true;
-            *self.report.cycles.entry(Kind::HandOverKilled).or_default() += 1;
-            self.last = Kind::HandOverKilled.words();
+        if self.random.below(4) == 0 {
+            self.count(Kind::OwnerKilled);
+            self.kill_destination()?;
+            self.start_source()?;
+            self.check_home()?;
+            self.say("owner killed, all of the disk compared");
+            self.start_guest();
+            self.pause(100);
+        }
+        let to = self.free_site(source)?;
+        let third = 3 - source - to;
+        self.report.hops += u64::from(self.relocation.images[third].is_some());
+        let is_taken = self.random.below(3) == 0;
+        if is_taken && !self.sites.is_asked_for(to) {
+            let remote = format!("{}/{NAME}", self.sites.name(source));
+            let why = self.sites.refused(to, &["relocate", &remote])?;
+            if !why.contains("--take") {
+                bail!("a volume in use is refused without saying what to do: {}", why.trim());
+            }
+            self.relocation.check_guest()?;
+        } else if !is_taken {
+            self.relocation.stop_guest()?;
+        }
+        // Where the disk was two relocations ago is not needed for this one.
+        let is_third_down = self.relocation.images[third].is_some() && self.random.below(2) == 0;
+        if is_third_down {
+            self.sites.kill(third)?;
+        }
+        let is_killed = self.random.below(4) > 0;
+        if is_killed {
+            self.count(Kind::HandOverKilled);
             let delay_ms = self.random.below(250);
             let (victims, first) = (1 + self.random.below(3), self.random.below(2) as usize);
+            let ends = [source, to];
             let mut go_wrong = |sites: &mut Sites| -> Result<()> {
                 thread::sleep(Duration::from_millis(delay_ms));
-                let places = [first, 1 - first].into_iter().filter(|place| victims & 1 << place != 0);
+                let places = [first, 1 - first].into_iter().filter(|end| victims & 1 << end != 0).map(|end| ends[end]);
                 for place in places.clone() {
-                    sites.sites[place].kill()?;
+                    sites.kill(place)?;
                 }
                 for place in places {
                     sites.sites[place].start()?;
                 }
                 Ok(())
             };
-            self.relocation.hand_over(&mut self.sites, Some(&mut go_wrong)).context("killed during the hand-over")?;
+            let handed = self.relocation.hand_over(&mut self.sites, to, Some(&mut go_wrong));
+            handed.context("killed during the hand-over")?;
         } else {
-            self.relocation.hand_over(&mut self.sites, None).context("the hand-over")?;
+            self.relocation.hand_over(&mut self.sites, to, None).context("the hand-over")?;
         }
-        self.is_under_way = true;
-        let (from, to) = (self.sites.sites[source].name(), self.sites.sites[self.relocation.destination()].name());
-        let how = if is_counted { ", killed meanwhile" } else { "" };
-        self.say(&format!("relocation from {from} to {to}{how}"));
+        self.collect();
+        if is_third_down {
+            self.sites.sites[third].start()?;
+            self.sites.probe(&[to])?;
+        }
+        let (from, to) = (self.sites.name(source), self.sites.name(to));
+        let how = if is_taken { ", taken from its clients" } else { "" };
+        let killed = if is_killed { ", killed meanwhile" } else { "" };
+        self.say(&format!("relocation from {from} to {to}{how}{killed}"));
         self.start_guest();
         Ok(())
     }
@@ -205,34 +285,33 @@ impl<'a> Torture<'a> {
             Kind::DestinationStopped => self.restart_destination(false)?,
             Kind::DestinationKilledTwice => {
                 self.kill_destination()?;
-                let destination = self.relocation.destination();
+                let destination = self.relocation.place.owner();
                 self.sites.sites[destination].begin()?;
                 thread::sleep(Duration::from_millis(self.random.below(200)));
-                self.sites.sites[destination].kill()?;
+                self.sites.kill(destination)?;
                 self.start_destination(true)?;
                 self.start_guest();
             }
             Kind::StoreLost => {
                 self.kill_destination()?;
-                self.sites.lose_store(self.relocation.destination())?;
+                self.sites.lose_store(self.relocation.place.owner())?;
                 self.start_destination(true)?;
                 self.start_guest();
             }
             Kind::SourceKilled => {
-                let source = self.relocation.source;
-                self.sites.sites[source].kill()?;
+                self.sites.kill(self.source())?;
                 thread::sleep(Duration::from_millis(self.random.below(self.pause_ms)));
                 self.start_source()?;
             }
             Kind::BothKilled => {
-                let source = self.relocation.source;
+                let source = self.source();
                 if self.random.below(2) == 0 {
                     self.kill_destination()?;
-                    self.sites.sites[source].kill()?;
+                    self.sites.kill(source)?;
                     self.start_source()?;
                     self.start_destination(true)?;
                 } else {
-                    self.sites.sites[source].kill()?;
+                    self.sites.kill(source)?;
                     self.kill_destination()?;
                     self.start_destination(false)?;
                     self.start_source()?;
@@ -264,7 +343,13 @@ impl<'a> Torture<'a> {
                 self.check(true)?;
                 self.start_guest();
             }
-            Kind::HandOverKilled => {}
+            Kind::BystanderKilled => {
+                let third = 3 - self.source() - self.relocation.place.owner();
+                self.sites.kill(third)?;
+                self.sites.sites[third].start()?;
+            }
+            // These need that nothing is under way.
+            Kind::HandOverKilled | Kind::OwnerKilled => {}
         }
         Ok(())
     }
@@ -274,7 +359,7 @@ impl<'a> Torture<'a> {
             self.kill_destination()?;
         } else {
             self.relocation.expect_the_end();
-            self.sites.sites[self.relocation.destination()].stop()?;
+            self.sites.sites[self.relocation.place.owner()].stop()?;
             self.relocation.bury_guest()?;
         }
         self.start_destination(true)?;
@@ -282,53 +367,82 @@ impl<'a> Torture<'a> {
         Ok(())
     }
 
-    fn kill_destination(&mut self) -> Result<()> {
+    /// The site that the disk comes from; the owner, where nothing is under way.
+    fn source(&self) -> usize {
+        match self.relocation.place {
+            Place::Moving { from, .. } => from,
+            Place::Home(at) => at,
+        }
+    }
+
+    /// What the link may take when there is no time.
+    pub(crate) fn fast(&self) -> Option<Rate> {
+        Rate::from_bits_per_second(FAST_BITS_PER_S)
+    }
+
+    /// Kills the owner under its clients.
+    pub(crate) fn kill_destination(&mut self) -> Result<()> {
         self.relocation.expect_the_end();
-        self.sites.sites[self.relocation.destination()].kill()?;
+        self.sites.kill(self.relocation.place.owner())?;
         self.relocation.bury_guest()
     }
 
-    fn start_destination(&mut self, is_source_there: bool) -> Result<()> {
-        let took = self.sites.sites[self.relocation.destination()].start()?;
+    /// Starts the owner.
+    pub(crate) fn start_destination(&mut self, is_source_there: bool) -> Result<()> {
+        let took = self.sites.sites[self.relocation.place.owner()].start()?;
         self.report.destination_ready.add(took.as_secs_f64());
         self.check(is_source_there)
     }
 
-    fn start_source(&mut self) -> Result<()> {
-        let took = self.sites.sites[self.relocation.source].start()?;
+    /// Starts the source.
+    pub(crate) fn start_source(&mut self) -> Result<()> {
+        let source = self.source();
+        let took = self.sites.sites[source].start()?;
         self.report.source_ready.add(took.as_secs_f64());
         Ok(())
     }
 
-    fn start_guest(&mut self) {
-        let destination = self.relocation.destination();
-        self.relocation.start_guest(&self.sites, destination, &mut self.random);
+    /// Lets clients work at the owner.
+    pub(crate) fn start_guest(&mut self) {
+        self.relocation.start_guest(&self.sites, &mut self.random);
     }
 
-    /// Looks for everything acknowledged.
-    fn check(&mut self, is_source_there: bool) -> Result<()> {
-        let (sectors, blocks) = self.relocation.check(&self.sites, is_source_there, &mut self.random)?;
+    /// Compares all of a disk that is not under way.
+    pub(crate) fn check_home(&mut self) -> Result<()> {
+        let sectors = self.relocation.check_whole(&self.sites)?;
+        self.note_checked(sectors);
+        Ok(())
+    }
+
+    fn note_checked(&mut self, sectors: u64) {
         let checked = self.relocation.disk.model().note_checked(sectors);
         self.report.checked.writes += checked.writes;
         self.report.checked.flushed_writes += checked.flushed_writes;
         self.report.checked.sectors += checked.sectors;
+    }
+
+    /// Looks for everything acknowledged.
+    pub(crate) fn check(&mut self, is_source_there: bool) -> Result<()> {
+        let (sectors, blocks) = self.relocation.check(&self.sites, is_source_there, &mut self.random)?;
+        self.note_checked(sectors);
         self.report.untouched_blocks += blocks;
         Ok(())
     }
 
     fn finish(&mut self) -> Result<()> {
         let is_killed = self.random.below(2) == 0;
-        let finished = self.relocation.finish(&mut self.sites, is_killed).context("the end of a relocation");
+        let is_kept = self.random.below(2) == 0;
+        let source = self.source();
+        let finished = self.relocation.finish(&mut self.sites, is_killed, is_kept);
+        self.sites.kills += u64::from(is_killed);
         self.collect();
-        finished?;
-        self.is_under_way = false;
+        finished.context("the end of a relocation")?;
         self.report.relocations += 1;
-        // The next destination had the disk before: mostly it has lost what it knew of it.
-        let next = self.relocation.destination();
+        // Where the disk was before: mostly that site loses what it knew of its bytes.
         if self.random.below(4) > 0 {
-            self.sites.sites[next].stop()?;
-            self.sites.lose_store(next)?;
-            self.sites.sites[next].start()?;
+            self.sites.sites[source].stop()?;
+            self.sites.lose_store(source)?;
+            self.sites.sites[source].start()?;
         }
         self.say("the relocation is complete, and the raw file compared");
         Ok(())
@@ -341,7 +455,8 @@ impl<'a> Torture<'a> {
         self.report.losses.extend(losses.into_iter().map(|loss| FoundLoss { cycle, after, loss }));
     }
 
-    fn pause(&mut self, at_least_ms: u64) {
+    /// Lets everything go on for a moment.
+    pub(crate) fn pause(&mut self, at_least_ms: u64) {
         thread::sleep(Duration::from_millis(at_least_ms + self.random.below(self.pause_ms)));
     }
 
@@ -356,7 +471,7 @@ fn panics(run_dir: &Path) -> u64 {
         let log = fs::read(run_dir.join(site).join("serve.log")).unwrap_or_default();
         String::from_utf8_lossy(&log).lines().filter(|line| line.contains("panicked at")).count() as u64
     };
-    count("a") + count("b")
+    ["a", "b", "c"].into_iter().map(count).sum()
 }
 
 struct Clock(Instant);

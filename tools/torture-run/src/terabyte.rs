@@ -11,8 +11,8 @@ use anyhow::{Context, Result, bail};
 use blockferry_lab::nbd::NbdClient;
 
 use crate::record;
-use crate::relocation::Sites;
 use crate::report::Times;
+use crate::sites::Sites;
 
 const NAME: &str = "terabyte";
 const SIZE_BYTES: u64 = 1 << 40;
@@ -36,7 +36,7 @@ pub fn measure(sites: &mut Sites, folder: &Path) -> Result<Result<Times, String>
         file.write_all_at(&bytes, place(piece)).with_context(|| format!("cannot write {}", image.display()))?;
     }
     drop(file);
-    let [a, b] = &mut sites.sites;
+    let [a, b, _] = &mut sites.sites;
     a.ask(&["volume", "add", NAME, "--image", &image.to_string_lossy()])?;
     let arriving = folder.join("terabyte-at-b.raw");
     let remote = format!("a/{NAME}");

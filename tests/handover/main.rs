@@ -1,0 +1,67 @@
+//! The model of ownership: every interleaving of two and three ownership machines over a network that loses, repeats and reorders, with
+//! crashes and failures at every journal write and operators' verbs at any moment. It drives the machines that ship. Must not know a daemon.
+
+mod search;
+mod steps;
+mod world;
+
+use search::explore;
+use world::{Budget, World};
+
+fn check(what: &str, sites: usize, budget: Budget) {
+    let started = std::time::Instant::now();
+    let found = explore(World::new(sites, budget));
+    println!("{what}: {} states, depth {}, {:?}", found.states, found.depth, started.elapsed());
+    if let Some(violation) = found.violation {
+        panic!("{what}: {}\n{}\n{}", violation.what, violation.trace.join("\n"), violation.what);
+    }
+}
+
+/// `BLOCKFERRY_MODEL_BOUND=big` explores one verb, one crash and one message more: minutes.
+fn bound(crashes: u8, verbs: u8, writes: u8, journal_failures: u8, oddities: u8, under_way: u8) -> Budget {
+    let more = u8::from(std::env::var("BLOCKFERRY_MODEL_BOUND").is_ok_and(|bound| bound == "big"));
+    Budget {
+        crashes: crashes + more,
+        verbs: verbs + more,
+        writes,
+        journal_failures,
+        oddities,
+        under_way: under_way + more,
+        routes: &[(1, 0)],
+    }
+}
+
+#[test]
+fn two_sites_that_crash() {
+    check("two sites that crash", 2, bound(1, 2, 1, 0, 0, 1));
+}
+
+#[test]
+fn two_sites_over_a_network_that_reorders() {
+    check("two sites, messages out of order", 2, bound(0, 2, 1, 0, 0, 2));
+}
+
+#[test]
+fn two_sites_whose_journal_fails() {
+    check("two sites whose journal fails", 2, bound(1, 1, 1, 1, 0, 1));
+}
+
+#[test]
+fn two_sites_where_work_fails() {
+    check("two sites where work fails", 2, bound(0, 1, 1, 0, 1, 2));
+}
+
+#[test]
+fn a_hop() {
+    check("a hop", 3, Budget { routes: &[(1, 0), (2, 1)], ..bound(0, 2, 1, 0, 0, 1) });
+}
+
+#[test]
+fn a_fork() {
+    check("a fork", 3, Budget { routes: &[(1, 0), (2, 0)], ..bound(0, 2, 0, 0, 0, 1) });
+}
+
+#[test]
+fn back_and_forth() {
+    check("back and forth", 2, Budget { routes: &[(1, 0), (0, 1)], ..bound(0, 2, 1, 0, 0, 1) });
+}
