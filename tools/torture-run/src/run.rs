@@ -86,6 +86,8 @@ pub struct Torture<'a> {
     deck: Deck,
     /// Pauses last up to so long.
     pause_ms: u64,
+    /// Restarts with a large volume that are measured.
+    restarts: u64,
     last: &'static str,
 }
 
@@ -132,6 +134,7 @@ impl<'a> Torture<'a> {
             rate: cli.rate,
             deck: Deck::default(),
             pause_ms: if cli.quick { 300 } else { 1200 },
+            restarts: if cli.quick { 2 } else { 5 },
             last: "start",
         })
     }
@@ -186,7 +189,7 @@ impl<'a> Torture<'a> {
         if self.report.losses.is_empty() {
             self.clock.say("a sparse volume of 1 TiB, killed half-way");
             self.sites.set_rate(self.fast())?;
-            match terabyte::measure(&mut self.sites, folder)? {
+            match terabyte::measure(&mut self.sites, folder, self.restarts)? {
                 Ok(times) => self.report.terabyte_ready = times,
                 Err(why) => self.report.terabyte_skipped = Some(why),
             }
