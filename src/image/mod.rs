@@ -358,6 +358,15 @@ impl Image {
         Ok(meta.blocks() * 512)
     }
 
+    /// [`ImageError::Shorter`] if it has become shorter than it was when it was opened.
+    pub fn check_size(&self) -> Result<(), ImageError> {
+        let (offset, announced_bytes) = (self.medium_bytes()?, self.size_bytes);
+        match offset < announced_bytes {
+            true => Err(ImageError::Shorter { path: self.path.clone(), offset, announced_bytes }),
+            false => Ok(()),
+        }
+    }
+
     /// How large the file or device is by now.
     pub(in crate::image) fn medium_bytes(&self) -> Result<u64, ImageError> {
         match self.file.file() {

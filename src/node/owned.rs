@@ -245,6 +245,10 @@ impl Inventory {
         let record = entry.record();
         let image = Arc::clone(volume.image());
         let is_released = matches!(record.held.state, State::Released { .. });
+        // Two that keep rows of one image would not see each other's writes.
+        if let Some(source) = entry.source.lock().take() {
+            source.manifest.close();
+        }
         let manifest = Manifest::open(
             record.name,
             record.incarnation,
@@ -338,7 +342,7 @@ pub(super) fn delete_made(record: &VolumeRecord, volume: Option<&Volume>) {
 
 impl Inventory {
     /// Keeps a name from being taken twice at the same time.
-    pub(super) fn reserve(self: &Arc<Self>, name: &Name) -> Result<Reserved, ApiError> {
+    pub fn reserve(self: &Arc<Self>, name: &Name) -> Result<Reserved, ApiError> {
         if self.entry(name).is_some() || !self.reserved.lock().insert(name.clone()) {
             return Err(ApiError::new(
                 ErrorKind::Conflict,
@@ -404,7 +408,7 @@ impl Inventory {
 }
 
 /// A name that is being worked on.
-pub(super) struct Reserved {
+pub struct Reserved {
     site: Arc<Inventory>,
     name: Name,
 }

@@ -88,8 +88,7 @@ async fn row(what: &str, often: Often, damage: Damage) {
         name: name("vm"),
         incarnation: Incarnation([7; 16]),
         image: Arc::new(
-            Image::create(&dir.path().join("b.raw"), geometry.size_bytes, blockferry::image::Overwrite::OnlyBlank)
-                .expect("creates"),
+            Image::create(&dir.path().join("b.raw"), geometry.size_bytes, Overwrite::OnlyBlank).expect("creates"),
         ),
         geometry,
         state: Arc::new(MemoryState::new()) as Arc<dyn State>,

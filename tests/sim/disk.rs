@@ -25,7 +25,7 @@ type Sector = [u8; SECTOR];
 /// A file, which outlives the processes that open it.
 #[derive(Debug)]
 pub struct DiskFile {
-    inode: u64,
+    pub inode: u64,
     inner: Mutex<Inner>,
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::task::JoinHandle;
 
-use crate::destination_site::DestinationSite;
+use crate::site::Site;
 use crate::site_lives::Lives;
 use crate::world::{Side, Weather, World};
 
@@ -14,7 +14,7 @@ use crate::world::{Side, Weather, World};
 pub struct Faults {
     pub world: Arc<World>,
     pub lives: Arc<Lives>,
-    pub destination: Arc<DestinationSite>,
+    pub sites: Vec<Arc<Site>>,
 }
 
 impl Faults {
@@ -39,8 +39,9 @@ impl Faults {
 
     /// What an operator does when all is well again: a volume whose disk failed to sync is well again only after a restart.
     async fn look_after_disks(&self) {
-        for slot in &self.destination.slots {
-            let Some(served) = slot.at(Side::Destination) else { continue };
+        let destination = self.destination();
+        for slot in &destination.slots {
+            let Some(served) = destination.serves(slot) else { continue };
             if served.volume.flush().await.is_err() {
                 served.process.needs_operator.set();
                 served.process.death.wait().await;
@@ -56,6 +57,10 @@ impl Faults {
         world.change_weather(|weather| weather.is_bulk_starved = true);
         world.rest(9_000, 30_000).await;
         world.change_weather(|weather| weather.is_bulk_starved = false);
+    }
+
+    fn destination(&self) -> Arc<Site> {
+        Arc::clone(&self.sites[Side::Destination as usize])
     }
 
     async fn one(&self) {
@@ -99,7 +104,8 @@ impl Faults {
                 self.spell(200, 2500, begin, |weather| weather.sync_errors_percent = 0).await;
             }
             12 => {
-                let store = &self.destination.store;
+                let destination = self.destination();
+                let store = &destination.store;
                 if world.percent(50) {
                     world.random(|random| store.rot(random));
                 } else {
@@ -140,10 +146,7 @@ impl Faults {
     }
 
     fn cut(&self) {
-        let wire = self.destination.wire.lock().clone();
-        if let Some(wire) = wire {
-            wire.cut();
-        }
+        self.sites.iter().flat_map(|site| site.wires()).for_each(|wire| wire.cut());
     }
 
     /// At once, or in the middle of what it does next.
@@ -155,8 +158,9 @@ impl Faults {
     }
 
     async fn pause(&self) {
-        for slot in &self.destination.slots {
-            let relocation = slot.at(Side::Destination).and_then(|served| served.volume.relocation());
+        let destination = self.destination();
+        for slot in &destination.slots {
+            let relocation = destination.serves(slot).and_then(|served| served.volume.relocation());
             if let Some(relocation) = relocation {
                 relocation.bulk().set_paused(true);
                 relocation.apply_pace();

@@ -10,6 +10,7 @@ use blockferry::volume::VolumeError;
 
 use crate::model::{Begun, CELL, Outcome, fill};
 use crate::random::mix;
+use crate::site::Site;
 use crate::slot::{Served, Slot};
 use crate::world::{Shared, Side};
 
@@ -22,6 +23,7 @@ const AFTERMATH_MS: u64 = 20_000;
 pub struct Guest {
     pub world: Shared,
     pub slot: Arc<Slot>,
+    pub sites: Vec<Arc<Site>>,
     pub number: u64,
     pub requests: u64,
 }
@@ -45,21 +47,36 @@ impl Guest {
             };
             self.world.rest(0, pause_ms).await;
             if self.world.percent(3)
-                && let Some(elsewhere) = self.slot.not_owner()
+                && let Some(elsewhere) = self.not_owner()
             {
                 self.trespass(&elsewhere).await;
             }
-            match self.slot.current() {
+            match self.current() {
                 Some(served) => self.request(&served, count).await,
                 None => self.world.rest(5, 60).await,
             }
         }
     }
 
-    async fn request(&mut self, served: &Arc<Served>, count: u64) {
+    /// Where a guest goes now.
+    fn current(&self) -> Option<Served> {
+        let owners = self.sites.iter().filter(|site| self.slot.part(site.side).is_some_and(|part| part.is_owner()));
+        let served: Vec<Served> = owners.filter_map(|site| site.serves(&self.slot)).collect();
+        let at = if served.len() > 1 { self.world.below(served.len() as u64) as usize } else { 0 };
+        served.into_iter().nth(at)
+    }
+
+    /// Where a guest must be refused.
+    fn not_owner(&self) -> Option<Served> {
+        let mut others =
+            self.sites.iter().filter(|site| self.slot.part(site.side).is_some_and(|part| !part.is_owner()));
+        others.find_map(|site| site.serves(&self.slot))
+    }
+
+    async fn request(&mut self, served: &Served, count: u64) {
         let begun_ms = self.world.now_ms();
         let kind = self.world.below(100);
-        let range = self.range(kind);
+        let range = self.range(served, kind);
         let (offset, len_bytes) = (range.start, range.end - range.start);
         self.world.note("request", [self.slot.number << 8 | self.number, kind, offset << 24 | len_bytes]);
         let tag = mix(self.slot.number << 48 | self.number << 32 | count) | 1;
@@ -75,14 +92,14 @@ impl Guest {
             _ => self.read_now(served, offset, len_bytes),
         }
         let took_ms = self.world.now_ms() - begun_ms;
-        if took_ms > PROMPT_MS && self.world.was_well(begun_ms, AFTERMATH_MS) {
+        if took_ms > PROMPT_MS && self.world.is_plain && self.world.was_well(begun_ms, AFTERMATH_MS) {
             self.world.fail("prompt", format!("{}: request {kind} at {offset} took {took_ms} ms", self.slot.name));
         }
     }
 
     /// Where, in whole cells: small and large, aligned and not, often where others are at work, too.
-    fn range(&self, kind: u64) -> Range<u64> {
-        let size = self.slot.model.lock().size_bytes();
+    fn range(&self, served: &Served, kind: u64) -> Range<u64> {
+        let size = served.part.model.lock().size_bytes();
         self.world.random(|random| {
             let block = crate::BLOCK;
             let (grain, most) = match random.below(10) {
@@ -107,11 +124,12 @@ impl Guest {
         let patience = if !self.world.is_quiet && self.world.percent(2) {
             Duration::from_millis(self.world.below(30))
         } else {
-            Duration::MAX / 4
+            if self.world.is_plain { Duration::MAX / 4 } else { Duration::from_secs(90) }
         };
         tokio::select! {
             biased;
             () = served.process.death.wait() => Ended::Unknown,
+            () = served.part.is_over.wait() => Ended::Unknown,
             done = answer => Ended::Done(done),
             () = tokio::time::sleep(patience) => Ended::Unknown,
         }
@@ -124,31 +142,36 @@ impl Guest {
         if matches!(error, VolumeError::SyncFailed { .. }) && served.process.side == Side::Destination {
             served.process.needs_operator.set();
         }
-        if self.world.was_well(self.world.now_ms(), AFTERMATH_MS) {
+        let is_right = self.slot.is_current(&served.part) && served.part.is_owner();
+        if is_right && self.world.was_well(self.world.now_ms(), AFTERMATH_MS) {
             self.world.fail("errors", format!("{}: {what} failed though nothing was wrong: {error}", self.slot.name));
         }
     }
 
-    fn end_write(&self, begun: Begun, outcome: Outcome) {
-        self.slot.model.lock().end_write(begun, outcome);
+    fn end_write(&self, served: &Served, begun: Begun, outcome: Outcome) {
+        served.part.model.lock().end_write(begun, outcome);
     }
 
     fn wrote(&self, served: &Served, begun: Begun, fua: bool, done: Ended<Result<(), VolumeError>>) {
+        if matches!(done, Ended::Done(Ok(()))) {
+            served.part.was_written.store(true, Ordering::Relaxed);
+        }
         match done {
             // It stays under way: nobody knows when, or whether, it happens.
             Ended::Unknown => {}
-            Ended::Done(Ok(())) if fua => self.end_write(begun, Outcome::Durable),
-            Ended::Done(Ok(())) => self.end_write(begun, Outcome::Acknowledged),
-            Ended::Done(Err(VolumeError::NotOwner { .. })) => self.end_write(begun, Outcome::Refused),
+            Ended::Done(Ok(())) if fua => self.end_write(served, begun, Outcome::Durable),
+            Ended::Done(Ok(())) => self.end_write(served, begun, Outcome::Acknowledged),
+            Ended::Done(Err(VolumeError::NotOwner { .. })) => self.end_write(served, begun, Outcome::Refused),
             Ended::Done(Err(error)) => {
-                self.end_write(begun, Outcome::Unknown);
+                self.end_write(served, begun, Outcome::Unknown);
                 self.failed(served, "a write", &error);
             }
         }
     }
 
     async fn write(&self, served: &Served, offset: u64, len_bytes: u64, tag: u64, fua: bool) {
-        let begun = self.slot.model.lock().begin_write(offset, len_bytes, tag);
+        served.part.may_be_written.store(true, Ordering::Relaxed);
+        let begun = served.part.model.lock().begin_write(offset, len_bytes, tag);
         let data = fill(tag, len_bytes as usize);
         // As the NBD server does: at once where that is possible. Not always, so that both paths meet everything.
         let here = if tag.is_multiple_of(2) { served.volume.write_here(offset, &data, fua) } else { None };
@@ -160,25 +183,27 @@ impl Guest {
     }
 
     async fn zero(&self, served: &Served, offset: u64, len_bytes: u64, may_punch: bool, fua: bool) {
-        let begun = self.slot.model.lock().begin_write(offset, len_bytes, 0);
+        served.part.may_be_written.store(true, Ordering::Relaxed);
+        let begun = served.part.model.lock().begin_write(offset, len_bytes, 0);
         let done = self.answer(served, served.volume.write_zeroes(offset, len_bytes, may_punch, fua)).await;
         self.wrote(served, begun, fua, done);
     }
 
     /// What a trim promises: zeros, or what was there, in the sectors at its ends; so whole sectors only.
     async fn trim(&self, served: &Served, offset: u64, len_bytes: u64) {
-        let size = self.slot.model.lock().size_bytes();
+        let size = served.part.model.lock().size_bytes();
         let (start, end) = (offset / 512 * 512, offset + len_bytes);
         let end = if end == size { end } else { end / 512 * 512 };
         if start < end {
-            let begun = self.slot.model.lock().begin_write(start, end - start, 0);
+            served.part.may_be_written.store(true, Ordering::Relaxed);
+            let begun = served.part.model.lock().begin_write(start, end - start, 0);
             let done = self.answer(served, served.volume.trim(start, end - start, false)).await;
             self.wrote(served, begun, false, done);
         }
     }
 
     async fn flush(&self, served: &Served) {
-        let began = self.slot.model.lock().now();
+        let began = served.part.model.lock().now();
         let here = if began.is_multiple_of(2) { served.volume.flush_here() } else { None };
         let done = match here {
             Some(done) => Ended::Done(done),
@@ -186,45 +211,45 @@ impl Guest {
         };
         match done {
             Ended::Unknown => {}
-            Ended::Done(Ok(())) => self.slot.model.lock().flushed(began),
+            Ended::Done(Ok(())) => served.part.model.lock().flushed(began),
             Ended::Done(Err(error)) => self.failed(served, "a flush", &error),
         }
     }
 
     async fn read(&self, served: &Served, offset: u64, len_bytes: u64) {
-        let began = self.slot.model.lock().begin_read();
+        let began = served.part.model.lock().begin_read();
         let done = self.answer(served, served.volume.read(offset, len_bytes as u32)).await;
         match done {
             Ended::Unknown => {}
-            Ended::Done(Ok(data)) => self.check("reads", offset, &data, began),
+            Ended::Done(Ok(data)) => self.check(served, "reads", offset, &data, began),
             Ended::Done(Err(error)) => self.failed(served, "a read", &error),
         }
-        self.slot.model.lock().end_read(began);
+        served.part.model.lock().end_read(began);
     }
 
     fn read_now(&self, served: &Served, offset: u64, len_bytes: u64) {
         let mut buf = vec![0xff; len_bytes as usize];
-        let began = self.slot.model.lock().begin_read();
+        let began = served.part.model.lock().begin_read();
         if let Some(Ok(())) = served.volume.try_read_now(offset, &mut buf) {
-            self.check("reads at once", offset, &buf, began);
+            self.check(served, "reads at once", offset, &buf, began);
         }
-        self.slot.model.lock().end_read(began);
+        served.part.model.lock().end_read(began);
     }
 
-    fn check(&self, check: &'static str, offset: u64, data: &[u8], began: u64) {
+    fn check(&self, served: &Served, check: &'static str, offset: u64, data: &[u8], began: u64) {
         let first = data.first_chunk::<8>().map_or(0, |tag| u64::from_le_bytes(*tag));
         self.world.note("read", [self.slot.number << 8 | self.number, offset, first]);
-        if let Err(why) = self.slot.model.lock().check_read(offset, data, began) {
+        if let Err(why) = served.part.model.lock().check_read(offset, data, began) {
             self.world.fail(check, format!("{}: {why}", self.slot.name));
         }
     }
 
     async fn allocation(&self, served: &Served, offset: u64, len_bytes: u64) {
-        let began = self.slot.model.lock().begin_read();
+        let began = served.part.model.lock().begin_read();
         if let Ended::Done(Ok(runs)) = self.answer(served, served.volume.allocation(offset, len_bytes, 1000)).await {
             let mut at = offset;
             for (len, is_zero) in runs {
-                let model = self.slot.model.lock();
+                let model = served.part.model.lock();
                 let checked = if is_zero { model.check_zero(at, len, began) } else { Ok(()) };
                 if let Err(why) = checked {
                     self.world.fail("allocation", format!("{}: {why}", self.slot.name));
@@ -232,16 +257,14 @@ impl Guest {
                 at += len;
             }
         }
-        self.slot.model.lock().end_read(began);
+        served.part.model.lock().end_read(began);
     }
 
     /// A write where the volume does not belong must be refused.
     async fn trespass(&self, elsewhere: &Served) {
         let writing = elsewhere.volume.write(0, fill(0x00de_ad00_0000_0001, 512).into(), false);
-        let holder = self.slot.holder();
         if let Ended::Done(Ok(())) = self.answer(elsewhere, writing).await
-            && holder != elsewhere.process.side
-            && (elsewhere.process.side == Side::Source || self.slot.holder() == holder)
+            && !elsewhere.part.is_owner()
         {
             let side = elsewhere.process.side;
             self.world

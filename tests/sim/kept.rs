@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 
 use crate::process::Process;
 use crate::random::Random;
+use crate::site::Site;
 use crate::world::Side;
 
 /// The state database as one process has it open.
@@ -19,6 +20,7 @@ pub struct OpenState {
     pub kept: Arc<MemoryState>,
     pub process: Arc<Process>,
     pub boot: Arc<str>,
+    pub site: Arc<Site>,
 }
 
 impl OpenState {
@@ -57,7 +59,9 @@ impl State for OpenState {
         self.process
             .world
             .note("state write", [self.process.side as u64, batch.changes().len() as u64, u64::from(sync)]);
-        self.kept.write_batch(batch, sync)
+        self.kept.write_batch(batch.clone(), sync)?;
+        self.site.journalled(&batch);
+        Ok(())
     }
 
     fn sync(&self) -> Result<(), StateError> {

@@ -6,21 +6,23 @@
 
 #[cfg(feature = "seeded-bugs")]
 mod bugs;
-mod destination_site;
 mod disk;
 mod faults;
 mod guest;
 mod kept;
 mod model;
 mod network;
+mod operator;
 mod panics;
+mod people;
 mod process;
 mod random;
+mod referee;
 mod run;
 mod seeds;
+mod site;
 mod site_lives;
 mod slot;
-mod source_site;
 mod wiretap;
 mod world;
 

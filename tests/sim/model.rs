@@ -12,6 +12,7 @@ pub const CELL: usize = 256;
 const UNDER_WAY: u64 = u64::MAX;
 
 /// See the module.
+#[derive(Clone)]
 pub struct Model {
     /// What cells hold that are not in `hot`.
     base: Vec<u8>,
@@ -218,6 +219,20 @@ impl Model {
             }
         }
         self.cool();
+    }
+
+    /// What never arrived was given up: it reads as zeros, or as what it was if it did arrive.
+    pub fn forget_absent(&mut self) {
+        for at in 0..self.base.len() / CELL {
+            let tag = tag_of(&self.base[at * CELL..(at + 1) * CELL]).unwrap_or_default();
+            if tag == 0 && !self.hot.contains_key(&at) {
+                continue;
+            }
+            let cell = self.hot.entry(at).or_insert_with(|| Cell { base: vec![tag], ..Cell::default() });
+            if !cell.base.is_empty() && !cell.base.contains(&0) {
+                cell.base.push(0);
+            }
+        }
     }
 
     /// Whether a read that began at `began` may have found this.

@@ -4,20 +4,21 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use blockferry::store::MemoryState;
+use blockferry::handover::State;
 use bytes::Bytes;
 
-use crate::destination_site::DestinationSite;
 use crate::disk::DiskFile;
 use crate::faults::Faults;
 use crate::guest::Guest;
-use crate::kept::KeptStore;
 use crate::model::{CELL, Crash, fill};
+use crate::operator::Operator;
+use crate::people::People;
 use crate::random::{Random, mix};
+use crate::referee::Referee;
+use crate::site::{Site, name_of};
 use crate::site_lives::Lives;
-use crate::slot::Slot;
-use crate::source_site::SourceSite;
-use crate::wiretap::{Tally, Wiretap};
+use crate::slot::{Part, Slot};
+use crate::wiretap::Tally;
 use crate::world::{Side, Violation, World};
 use crate::{BLOCK, panics};
 
@@ -67,7 +68,7 @@ pub fn run(seed: u64, with_log: bool) -> Outcome {
 }
 
 /// Blocks of a volume: zeros, of its own, or such as other volumes have.
-fn content(random: &mut Random, number: u64, blocks: u64, tail: u64) -> Vec<u8> {
+pub fn content(random: &mut Random, number: u64, blocks: u64, tail: u64) -> Vec<u8> {
     let mut content = Vec::with_capacity(((blocks + 1) * BLOCK) as usize);
     for block in 0..blocks {
         let kind = match random.below(10) {
@@ -95,64 +96,101 @@ fn most_asked(tally: &Tally, deaths: u64, volumes: u64) -> u64 {
 
 async fn story(world: &Arc<World>, tally: &mut Tally) {
     let volumes = 1 + world.below(3);
-    let (mut slots, mut files) = (Vec::new(), Vec::new());
-    let store = Arc::new(KeptStore::new());
-    for number in 0..volumes {
+    let slots: Vec<Arc<Slot>> = (0..volumes)
+        .map(|number| Arc::new(Slot::new(format!("vm{number}").parse().expect("a name"), number)))
+        .collect();
+    let mut sides = vec![Side::Source, Side::Destination];
+    if !world.is_plain && world.percent(40) {
+        sides.push(Side::Third);
+    }
+    let names = sides.iter().map(|side| (name_of(*side), *side)).collect();
+    let referee = Arc::new(Referee::new(world, &slots, names));
+    let sites: Vec<Arc<Site>> = sides.iter().map(|side| Site::new(world, *side, &referee, &slots)).collect();
+    sites.iter().for_each(|site| *site.all.lock() = sites.clone());
+    let _closing = Closing(sites.clone());
+    let (source, destination) = (Arc::clone(&sites[0]), Arc::clone(&sites[1]));
+    for slot in &slots {
         let content = world.random(|random| {
             let (blocks, tail) = (random.between(6, 40 / volumes), random.below(20));
-            content(random, number, blocks, tail)
+            content(random, slot.number, blocks, tail)
         });
         if world.percent(40) {
             let warm = |_: &&[u8]| world.percent(50);
+            let store = &destination.store;
             content.chunks(BLOCK as usize).filter(warm).for_each(|block| store.prewarm(&Bytes::copy_from_slice(block)));
         }
-        let name = format!("vm{number}").parse().expect("a name");
-        files.push(DiskFile::with_content(content.clone(), 1 + number));
-        slots.push(Arc::new(Slot::new(name, number, content)));
+        source.files.lock().insert(image_of(slot), DiskFile::with_content(content, 1 + slot.number));
     }
-    let tap = Arc::new(Wiretap::new(world));
-    let source = Arc::new(SourceSite {
-        world: Arc::clone(world),
-        name: "source".parse().expect("a name"),
-        slots: slots.clone(),
-        files,
-        state: Arc::new(MemoryState::new()),
-        boot: Default::default(),
-        life: Default::default(),
-    });
-    let destination = Arc::new(DestinationSite {
-        world: Arc::clone(world),
-        name: "destination".parse().expect("a name"),
-        slots: slots.clone(),
-        files: Default::default(),
-        state: Arc::new(MemoryState::new()),
-        store,
-        boot: Default::default(),
-        source: Arc::clone(&source),
-        tap: Arc::clone(&tap),
-        wire: Default::default(),
-    });
     let lives = Lives::new(world);
-    tokio::spawn(Arc::clone(&lives).run_source(source));
-    tokio::spawn(Arc::clone(&lives).run_destination(Arc::clone(&destination)));
+    for site in &sites {
+        tokio::spawn(Arc::clone(&lives).run(Arc::clone(site)));
+    }
+    for slot in &slots {
+        let operator = Operator { world: Arc::clone(world), slot: Arc::clone(slot) };
+        while let Err(why) = operator.add(&source, &image_of(slot)).await {
+            world.say(|| format!("{}: cannot be added yet: {why}", slot.name));
+            world.rest(1, 20).await;
+        }
+        if world.is_plain {
+            tokio::spawn(operator.move_over(Arc::clone(&source), Arc::clone(&destination)));
+        }
+    }
+    let mut people = Vec::new();
+    let mut acting = Vec::new();
+    for slot in slots.iter().filter(|_| !world.is_plain) {
+        let one = People {
+            world: Arc::clone(world),
+            slot: Arc::clone(slot),
+            sites: sites.clone(),
+            lives: Arc::clone(&lives),
+            referee: Arc::clone(&referee),
+            swapped: Arc::default(),
+        };
+        acting.push(tokio::spawn(one.clone().act()));
+        people.push(one);
+    }
     let mut guests = Vec::new();
     for slot in &slots {
         for number in 0..1 + world.below(3) {
-            let (world, slot) = (Arc::clone(world), Arc::clone(slot));
+            let (world, slot, sites) = (Arc::clone(world), Arc::clone(slot), sites.clone());
             let requests = 20 + world.below(50);
-            guests.push(tokio::spawn(Guest { world, slot, number, requests }.run()));
+            guests.push(tokio::spawn(Guest { world, slot, sites, number, requests }.run()));
         }
     }
-    let faults = Faults { world: Arc::clone(world), lives, destination: Arc::clone(&destination) };
+    let faults = Faults { world: Arc::clone(world), lives, sites: sites.clone() };
     if world.is_quiet {
         faults.starve_bulk().await
     } else {
         faults.happen().await
     }
     world.note("all is well", [0; 3]);
+    if !world.is_plain {
+        for acting in acting {
+            let _ = acting.await;
+        }
+        for one in &people {
+            one.put_back().await;
+        }
+        for one in &people {
+            one.settle().await;
+        }
+        world.is_over.store(true, Ordering::Relaxed);
+        for guest in guests {
+            if tokio::time::timeout(2 * ANSWERS, guest).await.is_err() {
+                world.fail("answers", "a request is never answered".into());
+                return;
+            }
+        }
+        for slot in &slots {
+            for site in sites.iter().filter(|site| slot.part(site.side).is_some_and(|part| part.is_owner())) {
+                last_look(world, site, slot).await;
+            }
+        }
+        return;
+    }
     for slot in &slots {
         if tokio::time::timeout(ARRIVAL, slot.is_complete.wait()).await.is_err() {
-            let served = slot.at(Side::Destination);
+            let served = destination.serves(slot);
             let state = served.and_then(|served| served.volume.relocation()).map(|it| it.bulk().state());
             world.fail("arrival", format!("{} never arrives: {state:?}", slot.name));
             return;
@@ -165,55 +203,84 @@ async fn story(world: &Arc<World>, tally: &mut Tally) {
             return;
         }
     }
-    *tally = tap.tally();
+    for slot in &slots {
+        if tokio::time::timeout(ANSWERS, told(world, &source, slot)).await.is_err() {
+            world.fail("debts", format!("{}: the source never hears that everything has arrived", slot.name));
+        }
+    }
+    *tally = destination.tap(Side::Source).tally();
     let most = most_asked(tally, *faults.lives.deaths.lock(), volumes);
     if tally.asked > most {
         world.fail("fetched twice", format!("{tally:?}: at most {most} should have been asked for"));
     }
-    last_look(world, &destination).await;
-}
-
-/// Everything is at the destination, through its daemon, in the raw file, and after a power loss.
-async fn last_look(world: &Arc<World>, destination: &DestinationSite) {
-    for slot in &destination.slots {
-        // It may be on its way back after the last crash.
-        let served = async {
-            loop {
-                match slot.at(Side::Destination) {
-                    Some(served) => return served,
-                    None => world.rest(10, 10).await,
-                }
-            }
-        };
-        let Ok(served) = tokio::time::timeout(ANSWERS, served).await else {
-            return world.fail("arrival", format!("{} is not served", slot.name));
-        };
-        let began = slot.model.lock().begin_read();
-        let size = slot.model.lock().size_bytes();
-        match served.volume.read(0, size as u32).await {
-            Ok(data) => check(world, slot, "content", &data, began),
-            Err(error) => world.fail("errors", format!("{}: {error}", slot.name)),
-        }
-        slot.model.lock().end_read(began);
-        let began = slot.model.lock().now();
-        match served.volume.flush().await {
-            Ok(()) => slot.model.lock().flushed(began),
-            Err(error) => world.fail("errors", format!("{}: {error}", slot.name)),
-        }
-        let file = destination.files.lock().get(&slot.number).cloned();
-        let Some(file) = file else { return world.fail("arrival", format!("{} has no file", slot.name)) };
-        let began = slot.model.lock().begin_read();
-        check(world, slot, "raw file", &file.content(), began);
-        slot.model.lock().end_read(began);
-        world.random(|random| file.lose_power(random));
-        slot.model.lock().crash(Crash::PowerLoss);
-        let began = slot.model.lock().begin_read();
-        check(world, slot, "raw file after a power loss", &file.content(), began);
+    for slot in &slots {
+        last_look(world, &destination, slot).await;
     }
 }
 
-fn check(world: &World, slot: &Slot, check: &'static str, data: &[u8], began: u64) {
-    if let Err(why) = slot.model.lock().check_read(0, data, began) {
+/// Lets go of what holds each other.
+struct Closing(Vec<Arc<Site>>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|site| site.close());
+    }
+}
+
+fn image_of(slot: &Slot) -> String {
+    format!("{}.raw", slot.name)
+}
+
+/// Until the source knows that everything has arrived.
+async fn told(world: &World, source: &Site, slot: &Slot) {
+    loop {
+        let state = slot.part(source.side).map(|part| part.held.lock().state.clone());
+        if let None | Some(State::Released { is_completed: true, .. }) = state {
+            return;
+        }
+        world.rest(10, 100).await;
+    }
+}
+
+/// Everything is at its owner, through its daemon, in the raw file, and after a power loss.
+async fn last_look(world: &Arc<World>, site: &Site, slot: &Slot) {
+    // It may be on its way back after the last crash.
+    let served = async {
+        loop {
+            match site.serves(slot) {
+                Some(served) => return served,
+                None => world.rest(10, 10).await,
+            }
+        }
+    };
+    let Ok(served) = tokio::time::timeout(ANSWERS, served).await else {
+        return world.fail("arrival", format!("{} is not served", slot.name));
+    };
+    let began = served.part.model.lock().begin_read();
+    let size = served.part.model.lock().size_bytes();
+    match served.volume.read(0, size as u32).await {
+        Ok(data) => check(world, slot, &served.part, "content", &data, began),
+        Err(error) => world.fail("errors", format!("{}: {error}", slot.name)),
+    }
+    served.part.model.lock().end_read(began);
+    let began = served.part.model.lock().now();
+    match served.volume.flush().await {
+        Ok(()) => served.part.model.lock().flushed(began),
+        Err(error) => world.fail("errors", format!("{}: {error}", slot.name)),
+    }
+    let file = site.file(&served.part.image);
+    let Some(file) = file else { return world.fail("arrival", format!("{} has no file", slot.name)) };
+    let began = served.part.model.lock().begin_read();
+    check(world, slot, &served.part, "raw file", &file.content(), began);
+    served.part.model.lock().end_read(began);
+    world.random(|random| file.lose_power(random));
+    served.part.model.lock().crash(Crash::PowerLoss);
+    let began = served.part.model.lock().begin_read();
+    check(world, slot, &served.part, "raw file after a power loss", &file.content(), began);
+}
+
+fn check(world: &World, slot: &Slot, part: &Part, check: &'static str, data: &[u8], began: u64) {
+    if let Err(why) = part.model.lock().check_read(0, data, began) {
         world.fail(check, format!("{}: {why}", slot.name));
     }
 }

@@ -1,20 +1,19 @@
-//! The lives of both sites' processes, one after the other. Must not know why they end.
+//! The lives of the sites' processes, one after the other. Must not know why they end.
 
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::destination_site::DestinationSite;
 use crate::process::Process;
-use crate::source_site::SourceSite;
-use crate::world::{Shared, Side};
+use crate::site::Site;
+use crate::world::{SIDES, Shared, Side};
 
 /// See the module.
 pub struct Lives {
     world: Shared,
-    now: [Mutex<Option<Arc<Process>>>; 2],
+    now: [Mutex<Option<Arc<Process>>>; SIDES],
     /// Whether the next death is a power loss; the end of the process alone otherwise.
-    loses_power: [Mutex<bool>; 2],
+    loses_power: [Mutex<bool>; SIDES],
     pub deaths: Mutex<u64>,
 }
 
@@ -58,32 +57,11 @@ impl Lives {
         std::mem::take(&mut *self.loses_power[process.side as usize].lock())
     }
 
-    /// Runs the source for ever.
-    pub async fn run_source(self: Arc<Self>, site: Arc<SourceSite>) {
-        for life in 0.. {
-            let process = self.begin(Side::Source, life);
-            let started = site.start(&process);
-            process.has_started();
-            let is_started = started.is_some();
-            *site.life.lock() = started;
-            if !is_started {
-                if process.is_alive() {
-                    self.world.fail("restart", "the source cannot be started".into());
-                }
-                process.die();
-            }
-            let has_lost_power = self.end(&process).await;
-            site.bury(has_lost_power);
-            self.world.rest(10, 800).await;
-            self.world.trouble();
-        }
-    }
-
-    /// Runs the destination for ever.
-    pub async fn run_destination(self: Arc<Self>, site: Arc<DestinationSite>) {
+    /// Runs a site for ever.
+    pub async fn run(self: Arc<Self>, site: Arc<Site>) {
         for number in 0.. {
-            let process = self.begin(Side::Destination, number);
-            let life = site.start(&process);
+            let process = self.begin(site.side, number);
+            let life = site.start(&process).await;
             process.has_started();
             let has_lost_power = self.end(&process).await || site.must_not_be_killed();
             site.bury(&life, has_lost_power);

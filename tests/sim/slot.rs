@@ -1,90 +1,84 @@
-//! A volume as guests know it: where it is served at the moment, and what it may hold. Must not know how sites work.
+//! A volume's name, and what each site has of it: by its journal, and by the bytes that it may hold. Must not know how sites work.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
-use blockferry::core::ids::{BlockId, Incarnation, Name};
+use blockferry::core::ids::{Incarnation, Name};
+use blockferry::handover::Held;
 use blockferry::volume::Volume;
 use parking_lot::Mutex;
 
 use crate::model::Model;
 use crate::process::Process;
-use crate::world::{Flag, Side};
+use crate::world::{Flag, SIDES, Side};
 
 /// See the module.
 pub struct Slot {
     pub name: Name,
     pub number: u64,
-    pub model: Mutex<Model>,
-    served: [Mutex<Option<Arc<Served>>>; 2],
-    /// The source has journalled that it let go.
-    pub is_released: AtomicBool,
-    /// The destination has journalled that it took over: from here on the bytes that count are there.
-    pub is_taken: AtomicBool,
+    parts: Mutex<[Option<Arc<Part>>; SIDES]>,
     /// Every block is at the destination, by its own journal.
     pub is_complete: Flag,
+    /// A person made a decision after which there may be no owner, or two.
+    pub is_decided: Flag,
 }
 
-/// A site makes each volume once in these worlds, so that its name may stand for its number.
-pub fn incarnation(name: &Name) -> Incarnation {
-    let hash = BlockId::of(name.as_str().as_bytes()).0;
-    Incarnation::from_bytes(std::array::from_fn(|at| hash[at]))
+/// A volume at one site, from its first row to its last.
+pub struct Part {
+    pub side: Side,
+    pub incarnation: Incarnation,
+    pub image: String,
+    /// Which content it descends from: another one for every image that was added.
+    pub lineage: AtomicU64,
+    /// As it is in the journal.
+    pub held: Mutex<Held>,
+    pub model: Mutex<Model>,
+    /// What it was when it was handed over.
+    pub released: Mutex<Option<Model>>,
+    /// Whether a guest's write was acknowledged here since it came; and whether one may have happened.
+    pub was_written: AtomicBool,
+    pub may_be_written: AtomicBool,
+    /// A person said that writes may be thrown away; that it may go.
+    pub may_discard: AtomicBool,
+    pub may_go: AtomicBool,
+    /// It owns the volume no more.
+    pub is_over: Flag,
+}
+
+impl Part {
+    pub fn is_owner(&self) -> bool {
+        self.held.lock().state.is_owner()
+    }
 }
 
 /// A volume in one life of one site.
 pub struct Served {
     pub volume: Arc<Volume>,
     pub process: Arc<Process>,
+    pub part: Arc<Part>,
 }
 
 impl Slot {
-    pub fn new(name: Name, number: u64, content: Vec<u8>) -> Slot {
-        Slot {
-            name,
-            number,
-            model: Mutex::new(Model::new(content)),
-            served: Default::default(),
-            is_released: AtomicBool::new(false),
-            is_taken: AtomicBool::new(false),
-            is_complete: Flag::default(),
-        }
+    pub fn new(name: Name, number: u64) -> Slot {
+        Slot { name, number, parts: Mutex::default(), is_complete: Flag::default(), is_decided: Flag::default() }
     }
 
-    /// The same in every life: none of its relocations is given up.
-    pub fn incarnation(&self) -> Incarnation {
-        Incarnation(u128::from(self.number).to_be_bytes())
+    /// What a site has of it.
+    pub fn part(&self, side: Side) -> Option<Arc<Part>> {
+        self.parts.lock()[side as usize].clone()
     }
 
-    pub fn serve(&self, volume: Arc<Volume>, process: &Arc<Process>) {
-        *self.served[process.side as usize].lock() = Some(Arc::new(Served { volume, process: Arc::clone(process) }));
+    /// All that there is of it.
+    pub fn parts(&self) -> Vec<Arc<Part>> {
+        self.parts.lock().iter().flatten().cloned().collect()
     }
 
-    pub fn serve_no_more(&self, side: Side) {
-        *self.served[side as usize].lock() = None;
+    pub fn set_part(&self, side: Side, part: Option<Arc<Part>>) {
+        self.parts.lock()[side as usize] = part;
     }
 
-    pub fn at(&self, side: Side) -> Option<Arc<Served>> {
-        self.served[side as usize].lock().clone().filter(|served| served.process.is_alive())
-    }
-
-    /// Which site has the bytes that count.
-    pub fn holder(&self) -> Side {
-        if self.is_taken.load(Ordering::Relaxed) { Side::Destination } else { Side::Source }
-    }
-
-    /// Where a guest goes now.
-    pub fn current(&self) -> Option<Arc<Served>> {
-        if self.holder() == Side::Destination {
-            return self.at(Side::Destination);
-        }
-        self.at(Side::Source).filter(|_| !self.is_released.load(Ordering::Relaxed))
-    }
-
-    /// Where a guest must be refused.
-    pub fn not_owner(&self) -> Option<Arc<Served>> {
-        match self.holder() {
-            Side::Destination => self.at(Side::Source),
-            Side::Source => self.at(Side::Destination),
-        }
+    /// Whether this is what a site has of it now.
+    pub fn is_current(&self, part: &Arc<Part>) -> bool {
+        self.part(part.side).is_some_and(|now| Arc::ptr_eq(&now, part))
     }
 }

@@ -11,12 +11,17 @@ use tokio::time::Instant;
 
 use crate::random::Random;
 
-/// Which of the two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which site; of a connection: who answers (`Source`), and who asks (`Destination`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Side {
     Source,
     Destination,
+    /// Only in worlds in which volumes go on from the destination.
+    Third,
 }
+
+/// How many there may be.
+pub const SIDES: usize = 3;
 
 /// What was found to be wrong.
 #[derive(Clone, Debug)]
@@ -64,6 +69,8 @@ pub struct World {
     trouble_ms: AtomicU64,
     /// Nothing goes wrong in this world, but for bulk being starved: everything must be prompt, and nothing be fetched twice.
     pub is_quiet: bool,
+    /// Every volume is relocated once, and nobody changes his mind.
+    pub is_plain: bool,
     /// Guests stop.
     pub is_over: AtomicBool,
 }
@@ -78,6 +85,7 @@ impl World {
     pub fn new(seed: u64, with_log: bool) -> World {
         let mut random = Random::new(seed);
         let is_quiet = random.percent(25);
+        let is_plain = is_quiet || random.percent(60);
         World {
             random: Mutex::new(random),
             began: Instant::now(),
@@ -88,6 +96,7 @@ impl World {
             violated: Notify::new(),
             trouble_ms: AtomicU64::new(0),
             is_quiet,
+            is_plain,
             is_over: AtomicBool::new(false),
         }
     }
