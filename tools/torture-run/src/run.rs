@@ -18,7 +18,7 @@ use crate::cli::Cli;
 use crate::cycle::Kind;
 use crate::relocation::{Place, Relocation};
 use crate::report::{FoundLoss, Report};
-use crate::sites::{NAME, Sites, Stuck};
+use crate::sites::{NAME, PATIENCE, Sites, Stuck};
 use crate::terabyte;
 use crate::verb::Deck;
 
@@ -86,6 +86,10 @@ pub struct Torture<'a> {
     deck: Deck,
     /// Pauses last up to so long.
     pause_ms: u64,
+    /// How much of the disk was there when that last changed.
+    moved: (u64, Instant),
+    /// Restarts with a large volume that are measured.
+    restarts: u64,
     last: &'static str,
 }
 
@@ -132,6 +136,8 @@ impl<'a> Torture<'a> {
             rate: cli.rate,
             deck: Deck::default(),
             pause_ms: if cli.quick { 300 } else { 1200 },
+            moved: (0, Instant::now()),
+            restarts: if cli.quick { 2 } else { 5 },
             last: "start",
         })
     }
@@ -170,6 +176,13 @@ impl<'a> Torture<'a> {
             let (here, is_complete) = self.relocation.progress(&mut self.sites)?;
             self.say(&format!("{}; {here} % is here", kind.words()));
             faults += 1;
+            if here != self.moved.0 {
+                self.moved = (here, Instant::now());
+            } else if !is_complete && self.moved.1.elapsed() > PATIENCE {
+                // Each fault is over within seconds, and something arrives between two of them.
+                let what = format!("{here} % has been here for {} s", PATIENCE.as_secs());
+                bail!(Stuck(format!("{what}\n{}", self.sites.describe())));
+            }
             if is_complete {
                 self.finish()?;
             } else if faults % 2 == 0 {
@@ -186,7 +199,7 @@ impl<'a> Torture<'a> {
         if self.report.losses.is_empty() {
             self.clock.say("a sparse volume of 1 TiB, killed half-way");
             self.sites.set_rate(self.fast())?;
-            match terabyte::measure(&mut self.sites, folder)? {
+            match terabyte::measure(&mut self.sites, folder, self.restarts)? {
                 Ok(times) => self.report.terabyte_ready = times,
                 Err(why) => self.report.terabyte_skipped = Some(why),
             }
@@ -202,6 +215,7 @@ impl<'a> Torture<'a> {
         let done = self.operate(verb).with_context(|| verb.words());
         self.collect();
         let outcome = done?;
+        self.moved.1 = Instant::now();
         *self.report.verbs.entry(verb).or_default().entry(outcome).or_default() += 1;
         self.say(&format!("{}: {outcome}", verb.words()));
         Ok(())
@@ -274,6 +288,7 @@ impl<'a> Torture<'a> {
         let (from, to) = (self.sites.name(source), self.sites.name(to));
         let how = if is_taken { ", taken from its clients" } else { "" };
         let killed = if is_killed { ", killed meanwhile" } else { "" };
+        self.moved = (0, Instant::now());
         self.say(&format!("relocation from {from} to {to}{how}{killed}"));
         self.start_guest();
         Ok(())
