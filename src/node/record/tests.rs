@@ -96,3 +96,28 @@ fn a_completed_hand_over_of_version_1_is_still_owed() {
     let debt = Debt { peer: name("a"), what: Owed::Completed, epoch: Epoch(2) };
     assert_eq!(records.debts().expect("reads"), vec![(name("vm1"), debt)]);
 }
+
+#[test]
+fn a_record_that_is_lost_is_missed() {
+    let state: Arc<dyn State> = Arc::new(MemoryState::new());
+    let records = Records::new(Arc::clone(&state));
+    records.load(&draw).expect("nothing is nothing");
+    let record = record(HeldState::Owned);
+    records.save(&record).expect("saves");
+    let again = || Records::new(Arc::clone(&state)).load(&draw);
+    assert_eq!(again().expect("loads").len(), 1);
+    // A part of the database is gone.
+    state.delete(b"vol/vm1").expect("deletes");
+    let error = again().expect_err("a record is missing").to_string();
+    assert!(error.contains("vm1") && error.contains("restore the state database"), "{error}");
+    records.save(&record).expect("saves");
+    state.delete(b"vol/vm1").expect("deletes");
+    state.delete(b"volumes").expect("deletes");
+    state.put(format!("res/{}/guest", record.incarnation).as_bytes(), b"1").expect("puts");
+    again().expect_err("residency of a volume that nobody knows");
+    // What was removed is not missed.
+    let left = Some(Left { to: None, epoch: Epoch(4) });
+    records.save(&record).expect("saves");
+    records.change(&record, &Row { held: None, left, owes: None, is_new_content: false }).expect("writes");
+    assert!(again().expect("loads").is_empty());
+}
