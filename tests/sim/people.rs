@@ -227,7 +227,8 @@ impl People {
                 (held.state.clone(), held.epoch)
             };
             if matches!(state, State::Asking { .. } | State::Arriving { .. } | State::GivingBack { .. }) {
-                let told = self.operator().tell(&self.sites[part.side as usize], Verb::Reclaim { epoch });
+                let operator = self.operator();
+                let told = operator.tell(&self.sites[part.side as usize], Verb::Reclaim { epoch });
                 let told = tokio::time::timeout(Duration::from_secs(20), told).await;
                 self.world.say(|| format!("{}: reclaimed at the {:?}: {told:?}", self.slot.name, part.side));
             }
