@@ -12,7 +12,6 @@ use tokio::task::JoinHandle;
 
 use crate::disk::DiskFile;
 use crate::operator::Operator;
-use crate::referee::Referee;
 use crate::run::content;
 use crate::site::Site;
 use crate::site_lives::Lives;
@@ -31,7 +30,6 @@ pub struct People {
     pub slot: Arc<Slot>,
     pub sites: Vec<Arc<Site>>,
     pub lives: Arc<Lives>,
-    pub referee: Arc<Referee>,
     /// Images that lie elsewhere for a while: where they belong, and what they are.
     pub swapped: Arc<Mutex<Vec<(Side, String, Arc<DiskFile>)>>>,
 }
@@ -182,8 +180,12 @@ impl People {
         }
         for side in sides {
             let site = &self.sites[side];
-            self.lives.crash(site.side, false, None);
-            while site.has_swaps() || site.life().is_none_or(|life| life.process.is_starting()) {
+            // It may just be down: then it is asked again.
+            while site.has_swaps() {
+                self.lives.crash(site.side, false, None);
+                self.world.rest(100, 200).await;
+            }
+            while site.life().is_none_or(|life| life.process.is_starting()) {
                 self.world.rest(10, 50).await;
             }
         }
@@ -227,7 +229,8 @@ impl People {
                 (held.state.clone(), held.epoch)
             };
             if matches!(state, State::Asking { .. } | State::Arriving { .. } | State::GivingBack { .. }) {
-                let told = self.operator().tell(&self.sites[part.side as usize], Verb::Reclaim { epoch });
+                let operator = self.operator();
+                let told = operator.tell(&self.sites[part.side as usize], Verb::Reclaim { epoch });
                 let told = tokio::time::timeout(Duration::from_secs(20), told).await;
                 self.world.say(|| format!("{}: reclaimed at the {:?}: {told:?}", self.slot.name, part.side));
             }

@@ -143,7 +143,6 @@ async fn story(world: &Arc<World>, tally: &mut Tally) {
             slot: Arc::clone(slot),
             sites: sites.clone(),
             lives: Arc::clone(&lives),
-            referee: Arc::clone(&referee),
             swapped: Arc::default(),
         };
         acting.push(tokio::spawn(one.clone().act()));
