@@ -81,7 +81,7 @@ pub struct Torture<'a> {
     pub(crate) relocation: Relocation,
     pub(crate) random: Random,
     pub(crate) rate: Rate,
-    report: &'a mut Report,
+    pub(crate) report: &'a mut Report,
     clock: &'a Clock,
     deck: Deck,
     /// Pauses last up to so long.
@@ -184,7 +184,8 @@ impl<'a> Torture<'a> {
                 bail!(Stuck(format!("{what}\n{}", self.sites.describe())));
             }
             if is_complete {
-                self.finish()?;
+                let is_kept = self.random.below(2) == 0;
+                self.finish(is_kept)?;
             } else if faults % 2 == 0 {
                 self.operator()?;
             }
@@ -194,7 +195,7 @@ impl<'a> Torture<'a> {
         {
             self.sites.set_rate(self.fast())?;
             self.relocation.wait_complete(&mut self.sites)?;
-            self.finish()?;
+            self.finish(false)?;
         }
         if self.report.losses.is_empty() {
             self.clock.say("a sparse volume of 1 TiB, killed half-way");
@@ -444,9 +445,9 @@ impl<'a> Torture<'a> {
         Ok(())
     }
 
-    fn finish(&mut self) -> Result<()> {
+    /// All of it is there: the end of a relocation. `is_kept`: the site that it came from still knows the volume.
+    pub(crate) fn finish(&mut self, is_kept: bool) -> Result<()> {
         let is_killed = self.random.below(2) == 0;
-        let is_kept = self.random.below(2) == 0;
         let source = self.source();
         let finished = self.relocation.finish(&mut self.sites, is_killed, is_kept);
         self.sites.kills += u64::from(is_killed);
