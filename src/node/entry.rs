@@ -387,10 +387,8 @@ impl Keeper for Entry {
                 }
                 Disk::Shut(_) => None,
             };
-            if with_image {
-                if let Some(outside) = node.outside() {
-                    outside.delete_image(&self.record(), volume.as_deref());
-                }
+            if with_image && let Some(outside) = node.outside() {
+                outside.delete_image(&self.record(), volume.as_deref());
             }
             node.forget(&entry);
             tracing::info!(volume = %self.name, "nothing of the volume is served here any more");
