@@ -127,13 +127,32 @@ impl Workers {
                 let done = runtime.spawn_blocking(work).await;
                 done.map_err(|ended| Unfinished { has_panicked: ended.is_panic() })
             }
-            How::Executor(executor) => {
-                let (reply, answer) = oneshot::channel();
-                executor.execute(None, Box::new(move || drop(reply.send(work()))));
-                answer.await.map_err(|_| Unfinished { has_panicked: false })
-            }
+            How::Executor(executor) => executed(&**executor, None, work).await,
         }
     }
+
+    /// As [`Workers::run_apart`], for work that takes locks which a write holds, or waits for writes.
+    pub async fn run_after_writes<T: Send + 'static>(
+        &self,
+        runtime: &tokio::runtime::Handle,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Unfinished> {
+        match &self.0 {
+            How::Threads(_) => self.run_apart(runtime, work).await,
+            // On one thread it would wait for ever if it ran in the middle of a write.
+            How::Executor(executor) => executed(&**executor, Some(Urgency::Background), work).await,
+        }
+    }
+}
+
+async fn executed<T: Send + 'static>(
+    executor: &dyn Executor,
+    urgency: Option<Urgency>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Unfinished> {
+    let (reply, answer) = oneshot::channel();
+    executor.execute(urgency, Box::new(move || drop(reply.send(work()))));
+    answer.await.map_err(|_| Unfinished { has_panicked: false })
 }
 
 /// Work that was begun, perhaps, and did not come to its end.

@@ -137,7 +137,7 @@ impl Inventory {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, String> {
-        let done = self.disk_workers.run_apart(&tokio::runtime::Handle::current(), work).await;
+        let done = self.disk_workers.run_after_writes(&tokio::runtime::Handle::current(), work).await;
         done.map_err(|unfinished| match unfinished.has_panicked {
             true => "a fault inside ended the work".into(),
             false => "the site is shutting down".into(),
