@@ -101,7 +101,7 @@ impl Inventory {
             incarnation: Incarnation(self.draw()),
             // Another image under the same name must never pass for this one.
             generation: self.draw_generation(),
-            held: Held { epoch, state: State::Owned, came: None },
+            held: Held::new(epoch, State::Owned),
             source_generation: None,
             pace: Pace::default(),
             is_made: false,

@@ -234,6 +234,26 @@ impl Records {
         self.write_named(batch, &record.name, true)
     }
 
+    /// Writes a record and what is owed since, durably.
+    pub fn begin(&self, record: &VolumeRecord, owes: Option<&Debt>) -> Result<(), RecordError> {
+        let mut batch = StateBatch::default();
+        put_record(&mut batch, record)?;
+        if let Some(debt) = owes {
+            put_debt(&mut batch, &record.name, debt)?;
+        }
+        Ok(self.state.write_batch(batch, true)?)
+    }
+
+    /// Writes what is remembered of a volume that is not here, and what is owed since, durably.
+    pub fn note_left(&self, name: &Name, left: &Left, owes: Option<&Debt>) -> Result<(), RecordError> {
+        let mut batch = StateBatch::default();
+        batch.put([LEFT, name.as_str().as_bytes()].concat(), json(LEFT, left)?);
+        if let Some(debt) = owes {
+            put_debt(&mut batch, name, debt)?;
+        }
+        Ok(self.state.write_batch(batch, true)?)
+    }
+
     /// Writes a change of ownership, durably: `record` is the volume's as it is to be. Where nothing of it is here any more, all
     /// rows about it go.
     pub fn change(&self, record: &VolumeRecord, row: &Row) -> Result<(), RecordError> {

@@ -16,7 +16,7 @@ fn record(state: HeldState) -> VolumeRecord {
         geometry: Geometry::new(1 << 30, 65536).expect("a geometry"),
         incarnation: Incarnation([7; 16]),
         generation: Generation(3),
-        held: Held { epoch: Epoch(3), state, came: Some(Came { from: name("a"), epoch: Epoch(2) }) },
+        held: Held { came: Some(Came { from: name("a"), epoch: Epoch(2) }), ..Held::new(Epoch(3), state) },
         source_generation: Some(Generation(9)),
         pace: Pace::default(),
         is_made: true,
@@ -52,7 +52,7 @@ fn what_is_owed_and_remembered_outlives_the_volume() {
     records.change(&record, &arrived).expect("writes");
     state.put(format!("res/{}/c/1", record.incarnation).as_bytes(), b"row").expect("puts");
     state.put(b"res/other/c/1", b"row").expect("puts");
-    let left = Left { to: Some(name("c")), epoch: Epoch(4) };
+    let left = Left { to: Some(name("c")), epoch: Epoch(4), known: [].into() };
     let gone = Row { held: None, left: Some(left.clone()), owes: None, is_new_content: false };
     records.change(&record, &gone).expect("writes");
     assert!(records.load(&draw).expect("loads").is_empty());
