@@ -116,7 +116,7 @@ fn a_record_that_is_lost_is_missed() {
     state.put(format!("res/{}/guest", record.incarnation).as_bytes(), b"1").expect("puts");
     again().expect_err("residency of a volume that nobody knows");
     // What was removed is not missed.
-    let left = Some(Left { to: None, epoch: Epoch(4) });
+    let left = Some(Left { to: None, epoch: Epoch(4), known: Default::default() });
     records.save(&record).expect("saves");
     records.change(&record, &Row { held: None, left, owes: None, is_new_content: false }).expect("writes");
     assert!(again().expect("loads").is_empty());
