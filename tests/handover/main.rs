@@ -75,3 +75,28 @@ fn a_fork() {
 fn back_and_forth() {
     check("back and forth", 2, Budget { routes: &[(1, 0), (0, 1)], ..bound(0, 2, 1, 0, 0, 1) });
 }
+
+/// Shows that the model bites: every bug of the list is planted, and must be found in one of the worlds.
+#[cfg(feature = "seeded-bugs")]
+#[test]
+fn every_seeded_bug_of_ownership_is_found() {
+    use blockferry::seeded_bugs::{Bug, plant};
+    let worlds = || {
+        [
+            World::new(2, bound(1, 2, 1, 0, 0, 1)),
+            World::new(2, bound(0, 2, 1, 0, 0, 2)),
+            World::new(2, Budget { is_reclaimed_only: true, salts: [2, 1, 0], ..bound(0, 3, 0, 0, 0, 1) }),
+        ]
+    };
+    let mut missed = Vec::new();
+    for bug in Bug::OF_OWNERSHIP {
+        plant(Some(*bug));
+        let found = worlds().into_iter().find_map(|world| explore(world).violation);
+        plant(None);
+        match found {
+            Some(violation) => println!("{bug:?}: {}, after {} steps", violation.what, violation.trace.len()),
+            None => missed.push(*bug),
+        }
+    }
+    assert!(missed.is_empty(), "not noticed: {missed:?}");
+}

@@ -121,7 +121,11 @@ impl People {
         let part = self.slot.part(site.side).ok_or("nothing is there")?;
         let epoch = part.held.lock().epoch;
         self.slot.is_decided.set();
-        self.operator().tell(&site, Verb::Reclaim { epoch, salt: salt_of(site.side) }).await?.map(drop).map_err(|no| no.to_string())
+        self.operator()
+            .tell(&site, Verb::Reclaim { epoch, salt: salt_of(site.side) })
+            .await?
+            .map(drop)
+            .map_err(|no| no.to_string())
     }
 
     /// An image under the name: one that lies there, or another one.
@@ -233,7 +237,8 @@ impl People {
             };
             if matches!(state, State::Asking { .. } | State::Arriving { .. } | State::GivingBack { .. }) {
                 let operator = self.operator();
-                let told = operator.tell(&self.sites[part.side as usize], Verb::Reclaim { epoch, salt: salt_of(part.side) });
+                let told =
+                    operator.tell(&self.sites[part.side as usize], Verb::Reclaim { epoch, salt: salt_of(part.side) });
                 let told = tokio::time::timeout(Duration::from_secs(20), told).await;
                 self.world.say(|| format!("{}: reclaimed at the {:?}: {told:?}", self.slot.name, part.side));
             }
