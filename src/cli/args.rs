@@ -87,6 +87,9 @@ pub(super) enum Verb {
         blockferry analyze web-*.raw --prewarmed template.raw\n  \
         blockferry analyze web-01.raw --link 100Mbit/s --rtt 40ms --json")]
     Analyze(AnalyzeArgs),
+    /// The sites that this one has to do with.
+    #[command(subcommand, after_help = "Example:\n  blockferry peer accept site-b")]
+    Peer(PeerVerb),
     /// The content store.
     #[command(subcommand, after_help = "Example:\n  blockferry store stats")]
     Store(StoreVerb),
@@ -143,6 +146,16 @@ pub(super) enum VolumeVerb {
     /// Stop serving an image. The image itself stays.
     #[command(after_help = "Example:\n  blockferry volume remove web-01")]
     Remove(NamedArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum PeerVerb {
+    /// Let whichever instance of a peer comes next be the one.
+    ///
+    /// A person's decision: a peer whose state was copied or restored is turned away here, since two sites with
+    /// one identity would write the same volumes. Stop the wrong one first.
+    #[command(after_help = "Example:\n  blockferry peer accept site-b")]
+    Accept(NamedArgs),
 }
 
 #[derive(Debug, Subcommand)]

@@ -12,7 +12,7 @@ use crate::control::{
 };
 use crate::core::ids::Name;
 
-use super::args::{PrewarmArgs, RelocateArgs, StatusArgs, StoreVerb, Verb, VolumeVerb};
+use super::args::{PeerVerb, PrewarmArgs, RelocateArgs, StatusArgs, StoreVerb, Verb, VolumeVerb};
 use super::console::{CliError, Console, Pace};
 use super::fleet::{FleetItem, read_fleet};
 use super::follow::{self, Outcome};
@@ -99,6 +99,10 @@ pub(super) async fn ask(verb: Verb, console: &mut Console<'_>) -> Result<(), Cli
             }
         }
         Verb::Prewarm(args) => prewarm(args, console).await,
+        Verb::Peer(PeerVerb::Accept(args)) => {
+            daemon::find(&args.daemon, console)?.accept_peer(&args.name).await?;
+            console.say(format!("{}: whichever instance comes next is the one", args.name))
+        }
         Verb::Store(StoreVerb::Stats(args)) => {
             let stats = daemon::find(&args.daemon, console)?.store_stats().await?;
             if args.json { console.say_json(&stats) } else { console.say(show::store(&stats).trim_end()) }

@@ -141,6 +141,11 @@ impl ControlClient {
         if answer.is_empty() { Ok(None) } else { self.decode(&answer).map(Some) }
     }
 
+    /// `POST /v1/peers/NAME/accept`
+    pub async fn accept_peer(&self, name: &Name) -> Result<(), ClientError> {
+        self.request(Method::POST, &format!("/v1/peers/{name}/accept"), Bytes::new()).await.map(drop)
+    }
+
     /// `POST /v1/volumes/NAME/reclaim`
     pub async fn reclaim(&self, name: &Name, reclaim: Reclaim) -> Result<ReclaimAnswer, ClientError> {
         self.send(Method::POST, &format!("/v1/volumes/{name}/reclaim"), &reclaim).await

@@ -285,6 +285,11 @@ impl Site for FakeSite {
         ready(self.order(what, name).map(|()| answer)).boxed()
     }
 
+    fn accept_peer(&self, name: Name) -> Answer<'_, ()> {
+        let accepted = self.order("accept", name);
+        Box::pin(async move { accepted })
+    }
+
     fn reclaim(&self, name: Name, reclaim: Reclaim) -> Answer<'_, ReclaimAnswer> {
         let answer = self.order(&format!("reclaim {}", reclaim.epoch), name.clone()).and_then(|()| {
             let mut volumes = self.volumes.lock();

@@ -17,6 +17,7 @@
 //! | `POST /v1/volumes/NAME/limit` | [`Limit`] -> 204 |
 //! | `POST /v1/volumes/NAME/cancel` | [`Cancel`], or nothing -> [`CancelAnswer`]: the relocation is given up |
 //! | `POST /v1/volumes/NAME/reclaim` | [`Reclaim`] -> [`ReclaimAnswer`]: ended without the peer, which is lost for good |
+//! | `POST /v1/peers/NAME/accept` | 204: whichever instance of the peer comes next is the one |
 //! | `POST /v1/prewarms` | [`Prewarm`] -> 202, [`PrewarmStarted`] |
 //! | `GET /v1/prewarms/JOB` | [`PrewarmStatus`] |
 //! | `GET /v1/store` | [`StoreStats`] |
@@ -35,6 +36,7 @@
 //! ferry volumes/web-01/cancel -X POST
 //! ferry volumes/web-01/cancel -d '{"discard_writes":true}'
 //! ferry volumes/web-01/reclaim -d '{"epoch":3}'
+//! ferry peers/site-b/accept -X POST
 //! ferry prewarms -d '{"images":["/srv/template.raw"]}'
 //! ferry prewarms/1
 //! ferry store

@@ -111,6 +111,7 @@ fn router(site: Arc<dyn Site>, bounds: Bounds) -> Router {
         .route("/v1/volumes/{name}/limit", post(limit))
         .route("/v1/volumes/{name}/cancel", post(cancel))
         .route("/v1/volumes/{name}/reclaim", post(reclaim))
+        .route("/v1/peers/{name}/accept", post(accept_peer))
         .route("/v1/relocations", post(relocate))
         .route("/v1/prewarms", post(prewarm))
         .route("/v1/prewarms/{job}", get(prewarm_status))
@@ -171,6 +172,10 @@ async fn cancel(State(site): Shared, name: UrlPath<String>, body: Body) -> Resul
 async fn reclaim(State(site): Shared, name: UrlPath<String>, body: Body) -> Result<Json<ReclaimAnswer>, ApiError> {
     let name = volume_name(name)?;
     site.reclaim(name, json(body)?).await.map(Json)
+}
+
+async fn accept_peer(State(site): Shared, name: UrlPath<String>) -> Result<StatusCode, ApiError> {
+    site.accept_peer(volume_name(name)?).await.map(|()| StatusCode::NO_CONTENT)
 }
 
 async fn relocate(State(site): Shared, body: Body) -> Result<(StatusCode, Json<RelocationAnswers>), ApiError> {

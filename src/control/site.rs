@@ -42,6 +42,8 @@ pub trait Site: Send + Sync + 'static {
     fn cancel(&self, name: Name, cancel: Cancel) -> Answer<'_, CancelAnswer>;
     /// Ends a relocation without the site at its other end, which is lost for good and is fenced should it come back.
     fn reclaim(&self, name: Name, reclaim: Reclaim) -> Answer<'_, ReclaimAnswer>;
+    /// Lets whichever instance of a peer comes next be the one: a person's decision, after another was turned away.
+    fn accept_peer(&self, name: Name) -> Answer<'_, ()>;
     /// Begins to read images into the store.
     fn prewarm(&self, images: Vec<PathBuf>) -> Answer<'_, JobId>;
     /// How far a prewarm job is.

@@ -78,7 +78,7 @@ impl Machine {
                 return self.given_back(from);
             }
             Answer::Refused(holds, why) => match holds {
-                Some(holds) if holds.term() > epoch.term() => return self.fence_off(from, holds, false),
+                Some(holds) if holds.overrules(epoch) => return self.fence_off(from, holds, false),
                 // Somebody else owns it since, by the source's account.
                 Some(holds) if holds > epoch => return self.fence_off(from, holds, false),
                 _ => why,
@@ -126,7 +126,7 @@ impl Machine {
                 self.operators.push(ticket);
                 outputs
             }
-            (Phase::Filling(_), _) => no(ticket, No::Reclaiming),
+            (Phase::Filling(..), _) => no(ticket, No::Reclaiming),
             (_, State::GivingBack { .. }) | (Phase::GivingUp { .. }, _) => {
                 self.operators.push(ticket);
                 Vec::new()
@@ -177,7 +177,7 @@ impl Machine {
         let owes = Debt { peer: from, what: Owed::Completed, epoch };
         let mut outputs = self.change(epoch, State::Owned, Some(owes), false);
         outputs.push(Output::Offer);
-        if matches!(self.phase, Phase::Filling(_)) {
+        if matches!(self.phase, Phase::Filling(..)) {
             // It said so after it was stopped: nothing is lost.
             self.phase = Phase::Resting;
             outputs.extend(self.tell_operators(&Reply::No(No::NothingToReclaim)));
@@ -185,32 +185,27 @@ impl Machine {
         outputs
     }
 
-    /// The source says which epoch holds there. A later term is a person's decision: this site owns the volume no more.
+    /// A peer says which epoch holds there. If that tells of a person's decision, this site owns the volume no more.
     pub(super) fn heard(&mut self, peer: &Name, epoch: Epoch) -> Vec<Output> {
-        let is_from = match (&self.held.state, &self.held.came) {
-            (State::Arriving { from } | State::Asking { from } | State::GivingBack { from, .. }, _) => from == peer,
-            (State::Owned, Some(came)) => came.from == *peer,
-            _ => false,
-        };
-        if is_from && epoch.term() > self.held.epoch.term() {
+        if self.held.knows(peer) && epoch.overrules(self.held.epoch) {
             return self.fence_off(peer.clone(), epoch, true);
         }
         Vec::new()
     }
 
     /// A person says that the other side is lost for good.
-    pub(super) fn reclaim(&mut self, ticket: Ticket, epoch: Epoch) -> Vec<Output> {
+    pub(super) fn reclaim(&mut self, ticket: Ticket, epoch: Epoch, salt: u16) -> Vec<Output> {
         if epoch != self.held.epoch {
             return no(ticket, No::NotThisEpoch(self.held.epoch));
         }
         match (&self.phase, self.held.state.clone()) {
-            (Phase::Filling(_), _) => {
+            (Phase::Filling(..), _) => {
                 self.operators.push(ticket);
                 Vec::new()
             }
-            (Phase::Resting | Phase::Waiting(_), State::Released { to, .. }) => self.reclaim_now(ticket, to),
+            (Phase::Resting | Phase::Waiting(_), State::Released { to, .. }) => self.reclaim_now(ticket, to, salt),
             (Phase::Resting | Phase::Waiting(_), State::Fenced { by, is_complete: true }) => {
-                self.reclaim_now(ticket, by)
+                self.reclaim_now(ticket, by, salt)
             }
             // It never owned anything: it lets go of the name. Should the source come back, it has let go to nobody.
             (_, State::Asking { from } | State::GivingBack { from, was_owner: false, .. }) => {
@@ -224,7 +219,7 @@ impl Machine {
             (_, State::GivingBack { from, was_owner: true, is_complete: true }) => {
                 let mut outputs = vec![Output::StopAsking];
                 outputs.extend(self.tell_operators(&Reply::No(No::Withdrawn)));
-                outputs.extend(self.reclaim_now(ticket, from));
+                outputs.extend(self.reclaim_now(ticket, from, salt));
                 outputs
             }
             (
@@ -234,7 +229,7 @@ impl Machine {
                 let mut outputs = vec![Output::StopAsking, Output::StopCopy];
                 outputs.extend(self.tell_operators(&Reply::No(No::Withdrawn)));
                 let job = self.new_job();
-                self.phase = Phase::Filling(job);
+                self.phase = Phase::Filling(job, salt);
                 self.operators.push(ticket);
                 outputs.push(Output::Fill(job));
                 outputs
@@ -244,14 +239,15 @@ impl Machine {
         }
     }
 
-    fn reclaim_now(&mut self, ticket: Ticket, other: Name) -> Vec<Output> {
+    fn reclaim_now(&mut self, ticket: Ticket, other: Name, salt: u16) -> Vec<Output> {
         self.operators.push(ticket);
         self.phase = Phase::Resting;
         self.because = None;
-        let epoch = self.held.epoch.reclaimed();
+        let epoch = self.held.epoch.reclaimed(salt);
         if epoch == self.held.epoch {
             return self.tell_operators(&Reply::No(No::NotThisEpoch(epoch)));
         }
+        self.held.lent.insert(other.clone());
         let owes = Debt { peer: other, what: Owed::Reclaimed, epoch };
         let mut outputs = self.change(epoch, State::Owned, Some(owes), true);
         outputs.extend(self.readmit());
@@ -262,7 +258,8 @@ impl Machine {
 
     /// What never arrived reads as zeros from now on, durably.
     pub(super) fn filled(&mut self, job: Job, done: Result<(), No>) -> Vec<Output> {
-        if self.phase != Phase::Filling(job) {
+        let Phase::Filling(at, salt) = self.phase else { return Vec::new() };
+        if at != job {
             return Vec::new();
         }
         self.phase = Phase::Resting;
@@ -272,7 +269,7 @@ impl Machine {
             _ => return self.tell_operators(&Reply::No(No::NothingToReclaim)),
         };
         match (done, self.operators.pop()) {
-            (Ok(()), Some(ticket)) => self.reclaim_now(ticket, other),
+            (Ok(()), Some(ticket)) => self.reclaim_now(ticket, other, salt),
             (Ok(()), None) => Vec::new(),
             (Err(why), ticket) => {
                 self.operators.extend(ticket);

@@ -9,11 +9,14 @@ use serde::{Deserialize, Serialize};
 ///
 /// The high half is the term: it grows when a person reclaims a volume whose other side is lost. The low half counts
 /// hand-overs within a term. So a reclaimed volume is ahead of everything that the lost side can still do by itself.
+/// Above term 0, the high quarter of that half begins as the decision's salt: two persons who decide at two sites into one term are told
+/// apart by it, and the higher one wins.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Epoch(pub u64);
 
 const TERM: u32 = 32;
+const SALT: u32 = 16;
 
 impl Epoch {
     /// Of a volume that was just added.
@@ -25,10 +28,10 @@ impl Epoch {
         if is_last { self } else { Epoch(self.0 + 1) }
     }
 
-    /// The one after a person's decision: ahead of every hand-over of this term.
-    pub fn reclaimed(self) -> Epoch {
+    /// The one after a person's decision: ahead of every hand-over of this term. `salt`: drawn at random.
+    pub fn reclaimed(self, salt: u16) -> Epoch {
         match self.term().checked_add(1) {
-            Some(term) => Epoch(u64::from(term) << TERM),
+            Some(term) => Epoch(u64::from(term) << TERM | u64::from(salt) << SALT),
             None => self,
         }
     }
@@ -36,6 +39,15 @@ impl Epoch {
     /// How often a person decided.
     pub fn term(self) -> u32 {
         (self.0 >> TERM) as u32
+    }
+
+    /// Whether a person's decision lies behind `self` that `other` does not know, and that wins over those behind `other`.
+    pub fn overrules(self, other: Epoch) -> bool {
+        self > other && (self.term() > other.term() || (self.term() > 0 && self.salt() != other.salt()))
+    }
+
+    fn salt(self) -> u16 {
+        (self.0 >> SALT) as u16
     }
 
     /// Whether `self` is the epoch that a hand-over from `before` leads to.
@@ -82,12 +94,12 @@ mod tests {
     #[test]
     fn a_persons_decision_is_ahead_of_every_hand_over() {
         let mut lost = Epoch(7);
-        let reclaimed = lost.reclaimed();
+        let reclaimed = lost.reclaimed(0);
         for _ in 0..1000 {
             lost = lost.next();
             assert!(reclaimed > lost);
         }
-        assert!(reclaimed.reclaimed() > reclaimed.next());
+        assert!(reclaimed.reclaimed(0) > reclaimed.next());
         assert!(Epoch(8).follows(Epoch(7)) && !Epoch(9).follows(Epoch(7)) && !reclaimed.follows(Epoch(7)));
     }
 
@@ -96,6 +108,17 @@ mod tests {
         let last = Epoch(u64::from(u32::MAX));
         assert_eq!(last.next(), last);
         assert!(!last.next().follows(last), "nobody can take over a volume any more");
-        assert_eq!(Epoch(u64::MAX).reclaimed(), Epoch(u64::MAX));
+        assert_eq!(Epoch(u64::MAX).reclaimed(7), Epoch(u64::MAX));
+    }
+
+    #[test]
+    fn two_decisions_into_one_term_are_told_apart() {
+        let (low, high) = (Epoch(7).reclaimed(3), Epoch(7).next().reclaimed(4));
+        assert_eq!(low.term(), high.term());
+        assert!(high.overrules(low) && !low.overrules(high));
+        assert!(high.overrules(low.next().next()) && !low.next().next().overrules(high));
+        assert!(!low.next().overrules(low), "a hand-over is no decision");
+        assert!(!Epoch(1 << 17).overrules(Epoch(1)), "nobody decided yet");
+        assert!(low.overrules(Epoch(9)) && high.reclaimed(0).overrules(high));
     }
 }

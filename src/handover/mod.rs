@@ -27,15 +27,16 @@
 //! | a decided step is not undone | what could not be journalled is tried again, [`Input::Tick`] |
 //! | a person can always go on | [`Verb::Reclaim`], ahead of all that the other side does by itself |
 
+mod absent;
 mod destination;
 mod epoch;
 mod no;
 mod source;
 mod types;
 
+pub use absent::{Outcome, asking, outcome, without_volume};
 pub use epoch::{Epoch, Generation};
 pub use no::No;
-pub use source::answer_without_volume;
 pub use types::{
     Answer, Came, Debt, Facts, Held, Input, Job, Left, Output, Owed, Question, Reply, Row, State, Ticket, Verb,
 };
@@ -76,7 +77,7 @@ enum Phase {
     /// The fence is shut to remove the volume.
     Removing(Job),
     /// What never arrived is being given up.
-    Filling(Job),
+    Filling(Job, u16),
     /// A question to a peer is open.
     Waiting(Job),
 }
@@ -181,7 +182,7 @@ impl Machine {
             Input::Hung(ticket) => self.hung(ticket),
             Input::Told(ticket, Verb::Remove) => self.remove(ticket, facts),
             Input::Told(ticket, Verb::Cancel { discard }) => self.cancel(ticket, discard, facts),
-            Input::Told(ticket, Verb::Reclaim { epoch }) => self.reclaim(ticket, epoch),
+            Input::Told(ticket, Verb::Reclaim { epoch, salt }) => self.reclaim(ticket, epoch, salt),
             Input::Prepared(job, done) => self.prepared(job, done),
             Input::Fenced(job, done) => self.fenced(job, done, facts),
             Input::Filled(job, done) => self.filled(job, done),
@@ -261,7 +262,11 @@ impl Machine {
 
     /// Nothing is here any more; what is remembered outlives it.
     fn end(&mut self, to: Option<Name>, with_image: bool) -> Vec<Output> {
-        let left = Some(Left { to, epoch: self.held.epoch });
+        let mut known = self.held.others();
+        if let Some(to) = &to {
+            known.remove(to);
+        }
+        let left = Some(Left { to, epoch: self.held.epoch, known });
         self.has_ended = true;
         self.late.clear();
         self.phase = Phase::Resting;

@@ -15,12 +15,7 @@ impl Machine {
         facts: &Facts,
     ) -> Vec<Output> {
         // Who has to do with the volume is heard whatever the configuration says by now.
-        let is_known = match (&self.held.state, &self.held.came) {
-            (State::Released { to, .. }, _) if *to == peer => true,
-            (_, Some(came)) => came.from == peer,
-            _ => false,
-        };
-        if !is_granted && !is_known {
+        if !is_granted && !self.held.knows(&peer) {
             return self.refuse(ticket, No::Unknown);
         }
         match question {
@@ -119,6 +114,7 @@ impl Machine {
     pub(super) fn fenced_for_peer(&mut self, asker: Asker, done: Result<(), No>) -> Vec<Output> {
         match done {
             Ok(()) => {
+                self.held.lent.insert(asker.peer.clone());
                 let state = State::Released { to: asker.peer, is_completed: false };
                 let mut outputs = self.change(asker.epoch, state, None, false);
                 let answer = Reply::Peer(Answer::Done(asker.epoch));
@@ -203,7 +199,7 @@ impl Machine {
                 outputs
             }
             // Something newer holds: a person reclaimed it, say. The peer is told which epoch.
-            _ if holds.term() > epoch.term() => {
+            _ if holds.overrules(epoch) => {
                 let by = peer.clone();
                 self.refuse(ticket, No::Reclaimed { by, epoch: holds })
             }
@@ -213,24 +209,26 @@ impl Machine {
         }
     }
 
-    /// At the peer a person decided that the volume is there. Believed only of the site that it came from, and only forwards.
+    /// At the peer a person decided that the volume is there. Believed only of sites that had it, and only forwards.
     fn reclaimed_elsewhere(&mut self, ticket: Ticket, peer: &Name, epoch: Epoch) -> Vec<Output> {
-        if self.held.epoch >= epoch {
+        let holds = self.held.epoch;
+        if holds.overrules(epoch) {
+            // Another person decided, too, and that decision wins: the peer is to hear of it.
+            return self.refuse(ticket, No::Reclaimed { by: peer.clone(), epoch: holds });
+        }
+        if holds >= epoch {
             return self.done(ticket);
         }
-        let is_origin = self.held.came.as_ref().is_some_and(|came| came.from == *peer)
-            || matches!(&self.held.state, State::Asking { from } | State::Arriving { from } | State::GivingBack { from, .. } if from == peer)
-            || matches!(&self.held.state, State::Released { to, .. } if to == peer);
-        if !is_origin || epoch.term() <= self.held.epoch.term() {
-            return self.refuse(ticket, No::Epoch { asked: epoch, holds: self.held.epoch });
+        if !self.held.knows(peer) || !epoch.overrules(holds) {
+            return self.refuse(ticket, No::Epoch { asked: epoch, holds });
         }
         let mut outputs = self.fence_off(peer.clone(), epoch, false);
         outputs.extend(self.done(ticket));
         outputs
     }
 
-    /// Another site owns it by a person's decision. Whoever got it from here is told, too; else, if the other site does not know that it was
-    /// heard, that site.
+    /// Another site owns it by a person's decision. Whoever got it from here, or is believed to own it, is told, too; else, if the other site
+    /// does not know that it was heard, that site.
     pub(super) fn fence_off(&mut self, by: Name, epoch: Epoch, is_overheard: bool) -> Vec<Output> {
         let why = No::Reclaimed { by: by.clone(), epoch };
         let mut outputs = match std::mem::take(&mut self.phase) {
@@ -239,7 +237,9 @@ impl Machine {
             _ => Vec::new(),
         };
         let owes = match &self.held.state {
-            State::Released { to, .. } if *to != by => Some(Debt { peer: to.clone(), what: Owed::Reclaimed, epoch }),
+            State::Released { to: owner, .. } | State::Fenced { by: owner, .. } if *owner != by => {
+                Some(Debt { peer: owner.clone(), what: Owed::Reclaimed, epoch })
+            }
             _ if is_overheard => Some(Debt { peer: by.clone(), what: Owed::Reclaimed, epoch }),
             _ => None,
         };
@@ -247,6 +247,7 @@ impl Machine {
             outputs.push(Output::StopCopy);
         }
         let is_complete = self.held.state.is_complete();
+        self.held.lent.insert(by.clone());
         outputs.extend(self.change(epoch, State::Fenced { by, is_complete }, owes, false));
         outputs.extend(self.tell_operators(&Reply::No(why)));
         outputs
@@ -262,7 +263,7 @@ impl Machine {
                 let to = asker.peer.clone();
                 no(ticket, No::HandingOver(to))
             }
-            (Phase::Filling(_), _) => no(ticket, No::Reclaiming),
+            (Phase::Filling(..), _) => no(ticket, No::Reclaiming),
             (_, State::Owned) if facts.clients > 0 => no(ticket, No::InUse(facts.clients)),
             (Phase::Resting, State::Owned) => {
                 let job = self.new_job();
@@ -337,17 +338,5 @@ impl Machine {
 
     fn refuse_all(&self, tickets: Vec<Ticket>, why: &No) -> Vec<Output> {
         tickets.into_iter().flat_map(|ticket| self.refuse(ticket, why.clone())).collect()
-    }
-}
-
-/// A question about a volume that is not here. What is remembered of it decides.
-pub fn answer_without_volume(question: &Question, left: Option<&super::Left>) -> Answer {
-    let Some(left) = left else { return Answer::Refused(None, No::Unknown) };
-    match question {
-        // It was told before, or needs to be told no more: nothing here waits for it.
-        Question::Completed { epoch } | Question::GiveBack { epoch } if left.epoch > *epoch => Answer::Done(left.epoch),
-        Question::Completed { .. } => Answer::Done(left.epoch),
-        Question::Reclaimed { epoch } => Answer::Done((*epoch).max(left.epoch)),
-        Question::GiveBack { .. } | Question::TakeOver { .. } => Answer::Refused(Some(left.epoch), No::Unknown),
     }
 }

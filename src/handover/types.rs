@@ -1,5 +1,7 @@
 //! What the ownership machine is told, what it says, and what is journalled of it. Must not know how any of it is done.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Epoch, No};
@@ -16,6 +18,36 @@ pub struct Held {
     /// Where it came from, if it came. That site may take it back by a person's decision.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub came: Option<Came>,
+    /// Other sites that had it once and may have kept it: whoever got it from here, and whoever took it by a person's decision. A person
+    /// may decide there, too.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub lent: BTreeSet<Name>,
+}
+
+impl Held {
+    /// Of a volume that no other site had.
+    pub fn new(epoch: Epoch, state: State) -> Held {
+        Held { epoch, state, came: None, lent: BTreeSet::new() }
+    }
+
+    /// All sites that have to do with it. A person's decision is believed of them alone.
+    pub fn knows(&self, peer: &Name) -> bool {
+        self.lent.contains(peer)
+            || self.came.as_ref().is_some_and(|came| came.from == *peer)
+            || matches!(
+                &self.state,
+                State::Asking { from: one }
+                | State::Arriving { from: one }
+                | State::GivingBack { from: one, .. }
+                | State::Released { to: one, .. }
+                | State::Fenced { by: one, .. } if one == peer
+            )
+    }
+
+    /// The others, for what is remembered when nothing is here any more.
+    pub(super) fn others(&self) -> BTreeSet<Name> {
+        self.lent.iter().chain(self.came.as_ref().map(|came| &came.from)).cloned().collect()
+    }
 }
 
 /// Where a volume came from.
@@ -115,6 +147,9 @@ pub struct Left {
     pub to: Option<Name>,
     /// The last epoch that was seen of it: a volume of the same name begins after it.
     pub epoch: Epoch,
+    /// Other sites that had it: where it is has to hear of what a person decides there.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub known: BTreeSet<Name>,
 }
 
 /// One durable change. All of it or nothing.
@@ -213,6 +248,8 @@ pub enum Verb {
     Reclaim {
         /// The epoch that the person saw.
         epoch: Epoch,
+        /// Drawn at random: tells this decision from another one, at another site.
+        salt: u16,
     },
 }
 

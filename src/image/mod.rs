@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::BytesMut;
 use nix::errno::Errno;
@@ -46,6 +47,8 @@ pub struct Image {
     made_at: Option<Place>,
     /// The last: the file is closed before it is free for others.
     _claim: Option<Claim>,
+    /// A sync failed: the kernel has dropped what it could not write, and tells so once.
+    has_sync_failed: AtomicBool,
 }
 
 /// What tells whether a file is still the one that was hashed: any write through the kernel changes one of these.
@@ -79,7 +82,17 @@ const RWF_DONTCACHE: i32 = 0x80;
 impl Image {
     fn new(file: Medium, path: &Path, size_bytes: u64, is_block_device: bool, is_writable: bool) -> Image {
         let (path, read_only_why) = (path.to_owned(), None);
-        Image { file, path, size_bytes, is_block_device, is_writable, read_only_why, made_at: None, _claim: None }
+        Image {
+            file,
+            path,
+            size_bytes,
+            is_block_device,
+            is_writable,
+            read_only_why,
+            made_at: None,
+            _claim: None,
+            has_sync_failed: AtomicBool::new(false),
+        }
     }
 
     /// Size in bytes, as it was when the image was opened; of what is larger, the part that is the volume's ([`Image::open_known`]).
@@ -260,9 +273,17 @@ impl Image {
         Ok(())
     }
 
-    /// Waits until everything that was written is durable (fdatasync).
+    /// Waits until everything that was written is durable (fdatasync). Once it has failed it fails for good: the kernel drops what it could
+    /// not write, and tells that to one caller only; the next call would succeed without it.
     pub fn sync_data(&self) -> Result<(), ImageError> {
-        self.file.sync_data().map_err(|error| self.io("syncing", 0, error))
+        if self.has_sync_failed.load(Ordering::Acquire) {
+            let lost = std::io::Error::other("an earlier sync failed, and what it was to write may be lost");
+            return Err(self.io("syncing", 0, lost));
+        }
+        self.file.sync_data().map_err(|error| {
+            self.has_sync_failed.store(true, Ordering::Release);
+            self.io("syncing", 0, error)
+        })
     }
 
     /// Asks the kernel to begin writing what is dirty, without waiting for it: the next [`Image::sync_data`] finds less to do and holds up
@@ -356,6 +377,15 @@ impl Image {
         };
         let meta = file.metadata().map_err(|error| self.io("examining", 0, error))?;
         Ok(meta.blocks() * 512)
+    }
+
+    /// [`ImageError::Shorter`] if it has become shorter than it was when it was opened.
+    pub fn check_size(&self) -> Result<(), ImageError> {
+        let (offset, announced_bytes) = (self.medium_bytes()?, self.size_bytes);
+        match offset < announced_bytes {
+            true => Err(ImageError::Shorter { path: self.path.clone(), offset, announced_bytes }),
+            false => Ok(()),
+        }
     }
 
     /// How large the file or device is by now.

@@ -112,6 +112,9 @@ pub(super) fn find(
 mod tests {
     use super::*;
 
+    /// What it is called, and the bytes that tell it, each at its offset.
+    type Signature = (&'static str, &'static [(u64, &'static [u8])]);
+
     fn found(size_bytes: u64, parts: &[(u64, &[u8])]) -> Option<&'static str> {
         let mut disk = vec![0u8; size_bytes as usize];
         for (at, bytes) in parts {
@@ -131,7 +134,7 @@ mod tests {
         for (what, offset, magic) in MAGICS {
             assert_eq!(found(SIZE, &[(*offset, magic)]), Some(*what));
         }
-        let others: [(&str, &[(u64, &[u8])]); 13] = [
+        let others: [Signature; 13] = [
             ("GPT", &[(512, b"EFI PART")]),
             ("GPT", &[(4096, b"EFI PART")]),
             ("GPT", &[(SIZE - 512, b"EFI PART")]),

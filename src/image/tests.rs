@@ -274,3 +274,45 @@ fn another_disk_behind_a_devices_name_is_told() {
     let image = Image::open_write(first.path()).expect("opens");
     assert_eq!(image.recognise(&noted).expect("is the same"), Verdict::Same);
 }
+
+/// A disk whose first sync fails; the kernel would not tell again.
+#[derive(Debug)]
+struct FailsOnce(std::sync::atomic::AtomicBool);
+
+impl Backend for FailsOnce {
+    fn read_at(&self, _: &mut [u8], _: u64) -> std::io::Result<usize> {
+        Ok(0)
+    }
+    fn read_cached_at(&self, _: &mut [u8], _: u64) -> Option<std::io::Result<()>> {
+        None
+    }
+    fn write_at(&self, _: &[u8], _: u64) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn sync_data(&self) -> std::io::Result<()> {
+        match self.0.swap(true, std::sync::atomic::Ordering::Relaxed) {
+            true => Ok(()),
+            false => Err(std::io::Error::from_raw_os_error(nix::libc::EIO)),
+        }
+    }
+    fn next_data(&self, _: u64) -> std::io::Result<Option<std::ops::Range<u64>>> {
+        Ok(None)
+    }
+    fn stamp(&self) -> std::io::Result<Stamp> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+    fn allocated_bytes(&self) -> std::io::Result<u64> {
+        Ok(0)
+    }
+}
+
+#[test]
+fn a_sync_that_failed_for_one_fails_for_all() {
+    let image = Image::over(Box::new(FailsOnce(false.into())), Path::new("disk"), 1 << 20, true);
+    image.sync_data().expect_err("the disk fails");
+    let error = image.sync_data().expect_err("what was lost stays lost").to_string();
+    assert!(error.contains("earlier sync failed"), "{error}");
+}

@@ -10,7 +10,7 @@ use super::entry::Entry;
 use super::inventory::Inventory;
 use crate::core::ids::{Name, Nonce};
 use crate::core::wire::Refusal;
-use crate::handover::{Answer, No, Question, State, answer_without_volume};
+use crate::handover::{Answer, No, Question, State, without_volume};
 use crate::source::{Catalog, Offered, Refused};
 
 impl Catalog for Inventory {
@@ -59,11 +59,7 @@ impl Catalog for Inventory {
         match self.entry(volume) {
             Some(entry) => entry.custody().ask(peer.clone(), is_granted, question).boxed(),
             None => {
-                let left = self.records.left(volume);
-                let answer = match left {
-                    Ok(left) => answer_without_volume(&question, left.as_ref()),
-                    Err(error) => Answer::Refused(None, No::Journal(error.to_string())),
-                };
+                let answer = self.ask_without_volume(peer, volume, &question);
                 std::future::ready(answer).boxed()
             }
         }
@@ -75,6 +71,19 @@ impl Catalog for Inventory {
 }
 
 impl Inventory {
+    /// A question about a volume that is not here. What comes of it is durable before the answer.
+    pub(super) fn ask_without_volume(&self, peer: &Name, volume: &Name, question: &Question) -> Answer {
+        let noted = self.records.left(volume).and_then(|left| {
+            let (answer, noted) = without_volume(peer, question, left.as_ref());
+            if let Some((left, owes)) = noted {
+                self.records.note_left(volume, &left, owes.as_ref())?;
+                self.debts.wake();
+            }
+            Ok(answer)
+        });
+        noted.unwrap_or_else(|error| Answer::Refused(None, No::Journal(error.to_string())))
+    }
+
     fn is_granted(&self, peer: &Name, volume: &Name) -> bool {
         self.outside().is_some_and(|outside| outside.is_granted(peer, volume))
     }

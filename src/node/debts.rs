@@ -9,8 +9,7 @@ use tokio::sync::Notify;
 
 use super::inventory::Inventory;
 use crate::core::ids::Name;
-use crate::core::wire::Refusal;
-use crate::handover::{Answer, Debt, Epoch, No, Owed, Question};
+use crate::handover::{Answer, Debt, Epoch, No, Outcome, Owed, Question, outcome};
 
 /// The least and the longest pause between two attempts to tell a peer.
 const TELL_AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(5)];
@@ -34,28 +33,6 @@ impl Debts {
     pub(super) fn list(&self, of: Option<&Name>) -> Vec<(Name, Debt)> {
         let open = self.open.lock();
         open.keys().filter(|(name, _)| of.is_none_or(|of| of == name)).cloned().collect()
-    }
-}
-
-/// What becomes of a debt after an answer.
-#[derive(Debug, PartialEq, Eq)]
-enum Outcome {
-    /// The peer knows, or needs not know any more.
-    Settled,
-    /// And a person decided there that the volume is the peer's.
-    Overruled(Epoch),
-    /// It is to be told again.
-    Again,
-}
-
-fn outcome(debt: &Debt, answer: &Answer) -> Outcome {
-    match answer {
-        Answer::Done(_) => Outcome::Settled,
-        Answer::Refused(Some(holds), _) if holds.term() > debt.epoch.term() => Outcome::Overruled(*holds),
-        Answer::Refused(Some(holds), _) if *holds > debt.epoch => Outcome::Settled,
-        // It has no such volume and remembers none: it waits for nothing.
-        Answer::Refused(None, No::Peer { refusal: Refusal::UnknownVolume, .. } | No::Unknown) => Outcome::Settled,
-        Answer::Refused(..) => Outcome::Again,
     }
 }
 
@@ -115,6 +92,20 @@ impl Inventory {
         true
     }
 
+    /// A decision at the peer wins. False: what comes of it could not be noted.
+    fn hears(&self, name: &Name, debt: &Debt, epoch: Epoch) -> bool {
+        match self.entry(name) {
+            Some(entry) => {
+                entry.custody().heard(debt.peer.clone(), epoch);
+                true
+            }
+            None => {
+                let answer = self.ask_without_volume(&debt.peer, name, &Question::Reclaimed { epoch });
+                !matches!(answer, Answer::Refused(_, No::Journal(_)))
+            }
+        }
+    }
+
     fn is_open(&self, name: &Name, debt: &Debt) -> bool {
         self.debts.open.lock().contains_key(&(name.clone(), debt.clone()))
     }
@@ -130,10 +121,9 @@ impl Inventory {
             match asked.ok().flatten().map(|answer| (outcome(&debt, &answer), answer)) {
                 Some((Outcome::Settled, _)) => break,
                 Some((Outcome::Overruled(epoch), _)) => {
-                    if let Some(entry) = self.entry(&name) {
-                        entry.custody().heard(debt.peer.clone(), epoch);
+                    if self.hears(&name, &debt, epoch) {
+                        break;
                     }
-                    break;
                 }
                 Some((Outcome::Again, answer)) => {
                     tracing::warn!(volume = %name, peer = %debt.peer, owed = ?debt.what, ?answer, "a peer is yet to be told");
@@ -145,38 +135,6 @@ impl Inventory {
         }
         while self.is_open(&name, &debt) && !self.settle(&name, &debt) {
             tokio::time::sleep(TELL_AGAIN[1]).await;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn debt() -> Debt {
-        Debt { peer: "a".parse().expect("a name"), what: Owed::Completed, epoch: Epoch(2) }
-    }
-
-    fn refused(holds: Option<Epoch>, refusal: Refusal) -> Answer {
-        let no = No::Peer { peer: "a".parse().expect("a name"), refusal, why: String::new() };
-        Answer::Refused(holds, no)
-    }
-
-    #[test]
-    fn only_an_answer_that_cannot_change_settles_a_debt() {
-        let debt = debt();
-        assert_eq!(outcome(&debt, &Answer::Done(Epoch(2))), Outcome::Settled);
-        assert_eq!(outcome(&debt, &refused(None, Refusal::UnknownVolume)), Outcome::Settled);
-        assert_eq!(
-            outcome(&debt, &refused(Some(Epoch(3)), Refusal::NotOwner)),
-            Outcome::Settled,
-            "it holds anew there"
-        );
-        let reclaimed = Epoch(2).reclaimed();
-        assert_eq!(outcome(&debt, &refused(Some(reclaimed), Refusal::Reclaimed)), Outcome::Overruled(reclaimed));
-        for refusal in [Refusal::Busy, Refusal::Internal, Refusal::NotOwner, Refusal::ShuttingDown] {
-            assert_eq!(outcome(&debt, &refused(Some(Epoch(2)), refusal)), Outcome::Again, "{refusal:?}");
-            assert_eq!(outcome(&debt, &refused(None, refusal)), Outcome::Again, "{refusal:?}");
         }
     }
 }

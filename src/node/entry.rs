@@ -211,27 +211,13 @@ impl Entry {
         let source = self.source.lock().clone().ok_or(No::NoImage)?;
         let Some((entry, node)) = self.strong() else { return Err(No::ShuttingDown) };
         let marking = Arc::clone(&node);
-        let rested = node
-            .run_apart(move || {
-                source.manifest.release()?;
-                marking.mark(&entry);
-                Ok::<(), SourceError>(())
-            })
-            .await;
-        match rested.map_err(|error| No::Failed(Refusal::Internal, error))? {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                // What the image holds now is what the next attempt will find.
-                if let (SourceError::Changed { .. }, Some((entry, node))) = (&error, self.strong()) {
-                    let renewing = Arc::clone(&node);
-                    let renewed = node.run_apart(move || renewing.renew_source(&entry)).await;
-                    if let Ok(Err(error)) = renewed {
-                        tracing::warn!(volume = %self.name, %error, "the image cannot be hashed anew");
-                    }
-                }
-                Err(No::Failed(error.refusal(), error.to_string()))
-            }
-        }
+        let rested = node.run_apart(move || {
+            source.manifest.release()?;
+            marking.mark(&entry);
+            Ok::<(), SourceError>(())
+        });
+        let rested = rested.await.map_err(|error| No::Failed(Refusal::Internal, error))?;
+        rested.map_err(|error| No::Failed(error.refusal(), error.to_string()))
     }
 
     /// Runs the copy until everything is here, or it is stopped.
@@ -401,10 +387,8 @@ impl Keeper for Entry {
                 }
                 Disk::Shut(_) => None,
             };
-            if with_image {
-                if let Some(outside) = node.outside() {
-                    outside.delete_image(&self.record(), volume.as_deref());
-                }
+            if with_image && let Some(outside) = node.outside() {
+                outside.delete_image(&self.record(), volume.as_deref());
             }
             node.forget(&entry);
             tracing::info!(volume = %self.name, "nothing of the volume is served here any more");

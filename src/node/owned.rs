@@ -101,7 +101,7 @@ impl Inventory {
             incarnation: Incarnation(self.draw()),
             // Another image under the same name must never pass for this one.
             generation: self.draw_generation(),
-            held: Held { epoch, state: State::Owned, came: None },
+            held: Held::new(epoch, State::Owned),
             source_generation: None,
             pace: Pace::default(),
             is_made: false,
@@ -246,6 +246,10 @@ impl Inventory {
         let record = entry.record();
         let image = Arc::clone(volume.image());
         let is_released = matches!(record.held.state, State::Released { .. });
+        // Two that keep rows of one image would not see each other's writes.
+        if let Some(source) = entry.source.lock().take() {
+            source.manifest.close();
+        }
         let manifest = Manifest::open(
             record.name,
             record.incarnation,

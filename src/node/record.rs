@@ -4,15 +4,18 @@
 //! | key | value |
 //! |---|---|
 //! | `vol/NAME` | JSON of [`VolumeRecord`] |
+//! | `volumes` | JSON: the names of all records, so that one that is lost is missed |
 //! | `left/NAME` | JSON of [`Left`]: what is remembered of a volume that is not here any more |
 //! | `owed/NAME/<epoch, 16 hex digits>/PEER/WHAT` | JSON of [`Debt`]: what a peer is to be told until it answers |
 //! | `mark/INCARNATION` | JSON of [`Mark`]: what the image held when it last rested; gone while it may be written |
 //! | `nonce/in/PEER` | 16 bytes: the instance of the peer that was here last |
 //! | `nonce/out/PEER` | JSON of [`Instance`]: which instance this site is, for this peer |
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::record_v1;
@@ -88,11 +91,14 @@ pub(super) const VOLUMES: &[u8] = b"vol/";
 const LEFT: &[u8] = b"left/";
 const OWED: &[u8] = b"owed/";
 const MARKS: &str = "mark/";
+const NAMES: &[u8] = b"volumes";
 
 /// The rows of a site.
 #[derive(Clone)]
 pub struct Records {
     state: Arc<dyn State>,
+    /// The names that the row `volumes` has, once it was read. Held while it is written.
+    names: Arc<Mutex<Option<BTreeSet<Name>>>>,
 }
 
 /// Why records could not be read or written.
@@ -140,7 +146,7 @@ struct Version {
 impl Records {
     /// Rows in `state`.
     pub fn new(state: Arc<dyn State>) -> Records {
-        Records { state }
+        Records { state, names: Arc::default() }
     }
 
     /// All volumes, by name. One row that cannot be read is an error: a site that forgets a volume might let somebody else write it.
@@ -160,13 +166,91 @@ impl Records {
             };
             records.push(record);
         }
+        self.check_names(&records)?;
         Ok(records)
+    }
+
+    /// Whether the records are all that there are. A database that lost a part of itself begins with the rest, as if nothing had been.
+    fn check_names(&self, records: &[VolumeRecord]) -> Result<(), RecordError> {
+        let there: BTreeSet<Name> = records.iter().map(|record| record.name.clone()).collect();
+        let noted = self.read_names()?;
+        let lost: Vec<String> = match &noted {
+            Some(noted) => noted.difference(&there).map(Name::to_string).collect(),
+            // Written with the first record. Without it there is nothing, or all of it is of version 1.
+            None => {
+                let mut is_something_else = false;
+                for prefix in [OWED, LEFT, MARKS.as_bytes(), b"nonce/"] {
+                    is_something_else |= !self.state.scan_prefix(prefix)?.is_empty();
+                }
+                let is_orphaned = there.is_empty() && !self.state.scan_prefix(b"res/")?.is_empty();
+                if is_something_else || is_orphaned {
+                    vec!["of volumes whose names are lost, too".into()]
+                } else {
+                    Vec::new()
+                }
+            }
+        };
+        if !lost.is_empty() {
+            let why = format!("records are missing: {}", lost.join(", "));
+            return Err(RecordError::unreadable(NAMES, why));
+        }
+        if noted.as_ref() != Some(&there) {
+            let mut batch = StateBatch::default();
+            batch.put(NAMES, json(NAMES, &there)?);
+            self.state.write_batch(batch, true)?;
+        }
+        *self.names.lock() = Some(there);
+        Ok(())
+    }
+
+    fn read_names(&self) -> Result<Option<BTreeSet<Name>>, RecordError> {
+        let row = self.state.get(NAMES)?;
+        row.map(|row| serde_json::from_slice(&row).map_err(|error| RecordError::unreadable(NAMES, error))).transpose()
+    }
+
+    /// Writes a batch after which a volume is, or is not, among the records; with the list of all if that changes it.
+    fn write_named(&self, mut batch: StateBatch, name: &Name, is_there: bool) -> Result<(), RecordError> {
+        let mut names = self.names.lock();
+        let mut known = match names.as_ref() {
+            Some(known) => known.clone(),
+            None => self.read_names()?.unwrap_or_default(),
+        };
+        let has_changed = if is_there { known.insert(name.clone()) } else { known.remove(name) };
+        if !has_changed {
+            *names = Some(known);
+            drop(names);
+            return Ok(self.state.write_batch(batch, true)?);
+        }
+        batch.put(NAMES, json(NAMES, &known)?);
+        self.state.write_batch(batch, true)?;
+        *names = Some(known);
+        Ok(())
     }
 
     /// Writes a record, durably.
     pub fn save(&self, record: &VolumeRecord) -> Result<(), RecordError> {
         let mut batch = StateBatch::default();
         put_record(&mut batch, record)?;
+        self.write_named(batch, &record.name, true)
+    }
+
+    /// Writes a record and what is owed since, durably.
+    pub fn begin(&self, record: &VolumeRecord, owes: Option<&Debt>) -> Result<(), RecordError> {
+        let mut batch = StateBatch::default();
+        put_record(&mut batch, record)?;
+        if let Some(debt) = owes {
+            put_debt(&mut batch, &record.name, debt)?;
+        }
+        Ok(self.state.write_batch(batch, true)?)
+    }
+
+    /// Writes what is remembered of a volume that is not here, and what is owed since, durably.
+    pub fn note_left(&self, name: &Name, left: &Left, owes: Option<&Debt>) -> Result<(), RecordError> {
+        let mut batch = StateBatch::default();
+        batch.put([LEFT, name.as_str().as_bytes()].concat(), json(LEFT, left)?);
+        if let Some(debt) = owes {
+            put_debt(&mut batch, name, debt)?;
+        }
         Ok(self.state.write_batch(batch, true)?)
     }
 
@@ -187,7 +271,7 @@ impl Records {
         if let Some(debt) = &row.owes {
             put_debt(&mut batch, &record.name, debt)?;
         }
-        Ok(self.state.write_batch(batch, true)?)
+        self.write_named(batch, &record.name, row.held.is_some())
     }
 
     /// What is remembered of a volume of this name that was here.

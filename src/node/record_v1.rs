@@ -69,9 +69,9 @@ pub(super) fn renew(state: &dyn State, row: &[u8], incarnation: Incarnation) -> 
     let (mut source_generation, mut owes) = (None, None);
     let is_made = matches!(old.state, OwnershipV1::Arriving { .. });
     let held = match old.state {
-        OwnershipV1::Owned => Held { epoch, state: HeldState::Owned, came: None },
+        OwnershipV1::Owned => Held::new(epoch, HeldState::Owned),
         OwnershipV1::Released { to, is_completed } => {
-            Held { epoch, state: HeldState::Released { to, is_completed }, came: None }
+            Held { lent: [to.clone()].into(), ..Held::new(epoch, HeldState::Released { to, is_completed }) }
         }
         OwnershipV1::Arriving {
             from,
@@ -89,12 +89,12 @@ pub(super) fn renew(state: &dyn State, row: &[u8], incarnation: Incarnation) -> 
                 (true, false) => HeldState::Arriving { from: from.clone() },
                 (false, false) => HeldState::Asking { from: from.clone() },
             };
-            Held { epoch, state, came: came(&from) }
+            Held { came: came(&from), ..Held::new(epoch, state) }
         }
         OwnershipV1::Arrived { from, is_released } => {
             owes = (!is_released).then(|| Debt { peer: from.clone(), what: Owed::Completed, epoch });
             // Whether a guest wrote since it arrived is not known: so it cannot be given back.
-            Held { epoch, state: HeldState::Owned, came: None }
+            Held::new(epoch, HeldState::Owned)
         }
     };
     let record = VolumeRecord {

@@ -15,7 +15,7 @@ use crate::control::{
 use crate::core::ids::{Incarnation, Name};
 use crate::custody::Keeper;
 use crate::fetch::{Expected, PeerKey, Remote, VolumeKey};
-use crate::handover::{Epoch, Generation, Held, Machine, State, Verb};
+use crate::handover::{Epoch, Generation, Machine, State, Verb, asking};
 use crate::image::{Image, Overwrite};
 use crate::volume::{Relocation, Volume, VolumeParts};
 
@@ -105,7 +105,9 @@ impl Node {
         if failures.len() >= MAX_FAILURES {
             failures.pop_first();
         }
-        failures.insert(name.clone(), error);
+        // Whoever waits for it hears that it has ended, not that it could be asked for again.
+        let kind = if error.kind.is_passing() { ErrorKind::Conflict } else { error.kind };
+        failures.insert(name.clone(), ApiError { kind, ..error });
     }
 
     /// An NBD client asked for a volume that is not here.
@@ -135,6 +137,13 @@ impl Inventory {
         remote: &Remote,
         pace: Pace,
     ) -> Result<Arc<Entry>, String> {
+        let before = self.entry(name).map(|entry| entry.record().held);
+        let left = self.records.left(name).map_err(|error| error.to_string())?;
+        let (held, owes) = asking(peer, Epoch(remote.epoch), before.as_ref(), left.as_ref()).map_err(|no| {
+            format!(
+                "what {peer} has is older than what was here: {no}; serve an image of it with `blockferry volume add`"
+            )
+        })?;
         let record = VolumeRecord {
             version: VERSION,
             name: name.clone(),
@@ -142,7 +151,7 @@ impl Inventory {
             geometry: remote.geometry,
             incarnation: Incarnation(self.draw()),
             generation: self.draw_generation(),
-            held: Held { epoch: Epoch(remote.epoch).next(), state: State::Asking { from: peer.clone() }, came: None },
+            held,
             source_generation: Some(Generation(remote.generation)),
             pace,
             is_made: image.was_made(),
@@ -152,7 +161,10 @@ impl Inventory {
         };
         let volume = Volume::relocating(self.parts(&record, image), true).map_err(|error| error.to_string())?;
         // From here on a crash finds the intent: after the restart the source is told that nothing came of it.
-        self.records.save(&record).map_err(|error| error.to_string())?;
+        self.records.begin(&record, owes.as_ref()).map_err(|error| error.to_string())?;
+        if owes.is_some() {
+            self.debts.wake();
+        }
         let held = record.held.clone();
         let entry = self.attach(record, Arc::new(volume), remote, remote.key);
         entry.start(Machine::new(held), Vec::new());
@@ -262,7 +274,9 @@ impl Node {
         });
         let custody = entry.custody().clone();
         let epoch = Epoch(reclaim.epoch);
-        let told = tokio::spawn(async move { custody.tell(Verb::Reclaim { epoch }).await });
+        let drawn = self.draw();
+        let salt = u16::from_le_bytes([drawn[0], drawn[1]]);
+        let told = tokio::spawn(async move { custody.tell(Verb::Reclaim { epoch, salt }).await });
         let epoch = match told.await {
             Ok(Ok(epoch)) => epoch,
             Ok(Err(no)) => return Err(api_error(name, &no)),

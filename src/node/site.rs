@@ -168,6 +168,19 @@ impl Site for Node {
         Box::pin(async move { self.strong()?.reclaim_volume(&name, reclaim).await })
     }
 
+    fn accept_peer(&self, name: Name) -> Answer<'_, ()> {
+        Box::pin(async move {
+            if self.config.peer(&name).is_none() {
+                let what = format!("there is no peer {name} in the configuration");
+                return Err(ApiError::new(ErrorKind::NotFound, what, "`blockferry status` lists the peers"));
+            }
+            let noted = self.records.note_instance_of(&name, None);
+            noted.map_err(|error| ApiError::new(ErrorKind::Internal, format!("peer {name}: {error}"), ""))?;
+            tracing::warn!(peer = %name, "a person lets whichever instance of the peer comes next be the one");
+            Ok(())
+        })
+    }
+
     fn prewarm(&self, images: Vec<PathBuf>) -> Answer<'_, JobId> {
         Box::pin(async move {
             let job = JobId(self.next_job.fetch_add(1, Ordering::Relaxed));

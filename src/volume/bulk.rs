@@ -14,6 +14,7 @@ use super::relocation::{Relocation, land};
 use super::{Volume, VolumeError};
 use crate::core::ids::{BlockIndex, Class};
 use crate::core::manifest::{Page, PageIndex};
+use crate::core::wire::Refusal;
 use crate::fetch::FetchError;
 use crate::seeded_bugs::{Bug, is_planted};
 use crate::workers::Urgency;
@@ -167,6 +168,9 @@ async fn copy_until_done(volume: &Arc<Volume>, relocation: &Arc<Relocation>) -> 
             Err(VolumeError::Fetch(FetchError::Gone)) => return Err(FetchError::Gone.into()),
             Err(error @ (VolumeError::ShuttingDown | VolumeError::Closed { .. })) => return Err(error),
             Err(error) => {
+                if let VolumeError::Fetch(FetchError::Refused { refusal: Refusal::ImageChanged, .. }) = &error {
+                    relocation.pages.forget_doubtful();
+                }
                 tracing::error!(volume = %volume.name, %error, "the copy cannot go on now; trying again");
                 relocation.bulk.set_state(BulkState::Failed(error.to_string()));
                 tokio::time::sleep(REST).await;

@@ -34,6 +34,8 @@ pub(super) struct Disk {
     life: Arc<Life>,
     /// Whether absent regions may hold something else than zeros: a block device, or what a crash left behind.
     may_hold_residue: bool,
+    /// Writes into absent blocks that failed: a part of each may be in the file, and is residue there.
+    failed_writes: AtomicU64,
 }
 
 impl Disk {
@@ -47,6 +49,7 @@ impl Disk {
         Disk {
             life,
             landed_bytes: AtomicU64::new(0),
+            failed_writes: AtomicU64::new(0),
             may_hold_residue: may_hold_residue || image.is_block_device(),
             image,
             geometry,
@@ -106,7 +109,9 @@ impl Disk {
             return self.image.write_at(offset, data);
         }
         let _turn = self.stripes[block.0 as usize % STRIPES].lock();
-        self.image.write_at(offset, data)?;
+        self.image.write_at(offset, data).inspect_err(|_| {
+            self.failed_writes.fetch_add(1, Ordering::AcqRel);
+        })?;
         self.residency.lock().record_write(block, at..at + data.len() as u32);
         Ok(())
     }
@@ -197,9 +202,10 @@ impl Disk {
     pub(super) fn land_zeros(&self, blocks: &[BlockIndex]) -> Result<u64, VolumeError> {
         let _pass = self.life.enter()?;
         let mut landed_bytes = 0;
-        // One look at all of them spares a look at each. What a guest writes into one of them from here on is not residue.
+        // One look at all of them spares a look at each. What a guest writes into one of them from here on is not residue, unless it fails.
+        let failed_writes = self.failed_writes.load(Ordering::Acquire);
         let may_hold_residue = match (blocks.first(), blocks.last()) {
-            (Some(first), Some(last)) if self.may_hold_residue => {
+            (Some(first), Some(last)) if self.may_hold_residue || failed_writes > 0 => {
                 let end = self.geometry.offset_of(*last) + u64::from(self.geometry.len_of(*last));
                 !self.image.is_hole(self.geometry.offset_of(*first)..end)?
             }
@@ -218,6 +224,7 @@ impl Disk {
                 Merge::Whole => std::iter::once(0..len).collect(),
                 Merge::Ranges(ranges) => ranges,
             };
+            let may_hold_residue = may_hold_residue || self.failed_writes.load(Ordering::Acquire) != failed_writes;
             if may_hold_residue && !is_planted(Bug::ResidueUnderZeros) {
                 for range in ranges {
                     let start = offset + u64::from(range.start);

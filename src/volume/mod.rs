@@ -533,7 +533,8 @@ impl Volume {
         }
         let is_complete = self.is_complete();
         // Edges of absent blocks would be written.
-        if !is_complete && !(may_punch && are_whole(&self.disk, &range)) {
+        let is_possible = is_complete || may_punch && are_whole(&self.disk, &range);
+        if !is_possible {
             return Ok(false);
         }
         let (change, disk) = (self.change(admitted, range.clone()), Arc::clone(&self.disk));

@@ -22,7 +22,7 @@ pub(super) struct Pages {
     geometry: Geometry,
     roots: Mutex<Arc<OnceCell<Vec<RootEntry>>>>,
     cache: Mutex<Cache>,
-    /// What the source announced of its pages in this life, first come, first believed: all zero for a page of zeros.
+    /// What the source announced of its pages in this life, by the page and by its state, in two messages: all zero for a page of zeros.
     announced: Mutex<HashMap<u64, PageId>>,
 }
 
@@ -68,18 +68,41 @@ impl Pages {
         cell.get_or_try_init(|| self.fetch_page(page, known)).await.cloned()
     }
 
-    async fn fetch_page(&self, page: PageIndex, known: Option<PageId>) -> Result<Arc<Page>, FetchError> {
-        let announced = self.announced.lock().get(&page.0).copied().or(known);
-        let fetched = self.fetch.page(self.key, page, announced, self.geometry.ids_in(page)).await?;
-        // A source may find that its image was changed, and say so. What it announced stays what the volume is: to believe another page
-        // would be to make one disk of two.
+    async fn fetch_page(&self, page: PageIndex, root: Option<PageId>) -> Result<Arc<Page>, FetchError> {
+        let kept = self.announced.lock().get(&page.0).copied();
+        let fetched = self.fetch.page(self.key, page, kept.or(root), self.geometry.ids_in(page)).await?;
         let told = fetched.id();
-        let announced = *self.announced.lock().entry(page.0).or_insert(announced.unwrap_or(told));
+        let announced = match kept {
+            Some(kept) => kept,
+            None if root == Some(told) => told,
+            // The page alone, or its state alone, may have been damaged on the way: asked again, each tells of the other.
+            None => match self.fetch.roots(self.key, page, 1).await?.first() {
+                Some(RootEntry::Known(id)) => *id,
+                Some(RootEntry::Zero) => PageId([0; 32]),
+                // Nothing bears it out: it is forgotten as soon as a block is another ([`Pages::forget_doubtful`]).
+                Some(RootEntry::Unknown) | None => return Ok(Arc::new(fetched)),
+            },
+        };
+        // A source may find that its image was changed, and say so. What it announced stays what the volume is: to believe another page
+        // would be to make one disk of two. What was said only once was not announced.
+        let announced = match announced == told {
+            true => *self.announced.lock().entry(page.0).or_insert(told),
+            false => announced,
+        };
         if announced != told {
             let (announced, told) = (hex::encode(announced.0), hex::encode(told.0));
             return Err(FetchError::Contradiction { page: page.0, announced, told });
         }
         Ok(Arc::new(fetched))
+    }
+
+    /// A block came that is not the announced one. Pages that nothing bears out are asked for anew: they may have been damaged on the way.
+    pub(super) fn forget_doubtful(&self) {
+        let announced = self.announced.lock();
+        let mut cache = self.cache.lock();
+        cache.pages.retain(|page, _| announced.contains_key(page));
+        let Cache { pages, order } = &mut *cache;
+        order.retain(|page| pages.contains_key(page));
     }
 
     /// What the source knew of its pages when it was first asked; unknown pages are hashed when they are asked for.

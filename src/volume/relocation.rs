@@ -15,6 +15,7 @@ use super::{Volume, VolumeError};
 use crate::core::ids::{BlockId, BlockIndex, Class};
 use crate::core::manifest::{Geometry, PageIndex};
 use crate::core::residency::Presence;
+use crate::core::wire::Refusal;
 use crate::fetch::{Block, Fetch, FetchError, Origin, VolumeKey};
 use crate::workers::Urgency;
 
@@ -205,7 +206,12 @@ async fn demand(volume: &Volume, block: BlockIndex) -> Result<Block, VolumeError
         // What was announced stays: the source may have another image by now.
         Err(
             error @ (FetchError::Refused { .. } | FetchError::Inconsistent { .. } | FetchError::Contradiction { .. }),
-        ) => *relocation.refusal.lock() = Some(error.to_string()),
+        ) => {
+            if matches!(error, FetchError::Refused { refusal: Refusal::ImageChanged, .. }) {
+                relocation.pages.forget_doubtful();
+            }
+            *relocation.refusal.lock() = Some(error.to_string());
+        }
         Err(FetchError::Gone | FetchError::UnknownPeer) => {}
         Ok(_) => *relocation.refusal.lock() = None,
     }

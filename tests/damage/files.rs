@@ -185,7 +185,17 @@ fn the_raw_file() {
     };
     half_way.row("garbage where blocks are absent", &garbage, Serves);
     const NAMES: &[&str] = &["vm-at-b.raw"];
-    for kind in [CutInHalf, Emptied, Deleted, Tail] {
+    // What lies behind the volume's end is not the volume's.
+    half_way.row("Tail of the raw file", &|h| Tail.to(&h.image()), Serves);
+    // Nobody can tell whether a file that was in use is what it was when another one has come in its place.
+    let replaced = |h: &HalfWay| {
+        let copy = h.image().with_extension("copy");
+        fs::copy(h.image(), &copy).expect("copies");
+        fs::rename(copy, h.image()).expect("renames");
+    };
+    let says = &["vm-at-b.raw", "another file lies there", "put the right image back"];
+    half_way.row("a copy in the raw file's place", &replaced, Unserved(says));
+    for kind in [CutInHalf, Emptied, Deleted] {
         half_way.row(&format!("{kind:?} of the raw file"), &|h| kind.to(&h.image()), Unserved(NAMES));
     }
     let folder = |h: &HalfWay| {
@@ -193,7 +203,6 @@ fn the_raw_file() {
         fs::create_dir(h.image()).expect("makes");
     };
     half_way.row("a folder in the raw file's place", &folder, Unserved(NAMES));
-    fs::remove_dir(half_way.image()).expect("removes");
 }
 
 #[test]

@@ -92,6 +92,7 @@ impl HalfWay {
         for image in images(&pair) {
             let name = image.file_name().expect("a name");
             fs::copy(&image, kept.path().join(name)).expect("copies");
+            fs::hard_link(&image, itself(&image)).expect("links");
         }
         HalfWay { pair, model, other: other.bytes, kept }
     }
@@ -102,9 +103,13 @@ impl HalfWay {
         copy(&self.kept.path().join("b"), &self.pair.b.dir);
         for image in images(&self.pair) {
             let name = image.file_name().expect("a name").to_owned();
-            let _ = fs::remove_file(&image);
-            fs::copy(self.kept.path().join(name), &image).expect("copies");
+            let _ = fs::remove_dir(&image).or_else(|_| fs::remove_file(&image));
+            // In place: another file of the same content would be another image.
+            fs::copy(self.kept.path().join(name), itself(&image)).expect("copies");
+            fs::hard_link(itself(&image), &image).expect("links");
         }
+        // A state that was copied is another instance to the source, until a person says which is meant.
+        self.pair.a.ok(&["peer", "accept", "b"]);
     }
 
     /// The destination's raw file.
@@ -191,6 +196,11 @@ impl HalfWay {
 /// What lies outside of the site's directory.
 fn images(pair: &Pair) -> [PathBuf; 2] {
     [pair.path("vm-at-b.raw"), pair.path("other.raw")]
+}
+
+/// The second name of an image's file, by which it outlives what is done to the first.
+fn itself(image: &Path) -> PathBuf {
+    image.with_extension("itself")
 }
 
 /// A directory with its files; sockets are left out.

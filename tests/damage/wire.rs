@@ -12,7 +12,7 @@ use blockferry::core::scheduler::Limits;
 use blockferry::core::wire::{Data, Refusal, RootEntry};
 use blockferry::fetch::{Expected, Fetch, PeerKey, Stranger};
 use blockferry::handover::{Answer, Question};
-use blockferry::image::Image;
+use blockferry::image::{Image, Overwrite};
 use blockferry::source::{Catalog, Hasher, Manifest, Offered, Refused, SourceOptions, SourceVolume, serve_link};
 use blockferry::store::{MemoryState, MemoryStore, State, Store};
 use blockferry::transport::memory::pair_with_faults;
@@ -88,8 +88,7 @@ async fn row(what: &str, often: Often, damage: Damage) {
         name: name("vm"),
         incarnation: Incarnation([7; 16]),
         image: Arc::new(
-            Image::create(&dir.path().join("b.raw"), geometry.size_bytes, blockferry::image::Overwrite::OnlyBlank)
-                .expect("creates"),
+            Image::create(&dir.path().join("b.raw"), geometry.size_bytes, Overwrite::OnlyBlank).expect("creates"),
         ),
         geometry,
         state: Arc::new(MemoryState::new()) as Arc<dyn State>,

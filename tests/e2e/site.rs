@@ -3,7 +3,7 @@
 //! Must not know what any of it is for.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -437,7 +437,11 @@ pub fn link(mbit_per_s: u64, rtt_ms: u64) -> LinkOptions {
     LinkOptions { rate, ..LinkOptions::default() }.with_rtt(Duration::from_millis(rtt_ms))
 }
 
-/// Says that a check was left out, and why.
+/// Says that a check was left out, and why; to tools/test, too, which collects it in the file that LEFT_OUT_TESTS names.
 pub fn skipped(test: &str, why: &str) {
     eprintln!("skipped: {test}: {why}");
+    let Some(list) = std::env::var_os("LEFT_OUT_TESTS") else { return };
+    let list = std::fs::OpenOptions::new().append(true).create(true).open(list);
+    // In one write: tests run side by side.
+    list.and_then(|mut list| list.write_all(format!("{test}: {why}\n").as_bytes())).expect("the list can be added to");
 }

@@ -200,4 +200,9 @@ fn a_second_instance_with_a_copied_state_is_turned_away() {
         Err(EPERM) => Ok(()),
         other => Err(format!("{other:?}")),
     });
+    // A person decides that it is the one.
+    pair.a.ok(&["peer", "accept", "b"]);
+    eventually("the copy takes writes", || {
+        pair.b.nbd("vm").try_write(0, &disk.bytes[..512]).map_err(|e| e.to_string())
+    });
 }

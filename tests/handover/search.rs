@@ -181,7 +181,6 @@ fn is_bad_end(world: &World) -> Option<String> {
     match open[..] {
         [_] => None,
         [] => nobody(world),
-        _ if world.ghost.is_collided => None,
         _ => Some(format!("P1: for ever, {} sites admit writes", open.len())),
     }
 }
@@ -201,7 +200,7 @@ fn nobody(world: &World) -> Option<String> {
         }
         let mut next = world.clone();
         next.budget.verbs = 1;
-        next = take(&next, &Step::Tell(at, Verb::Reclaim { epoch: row.epoch }));
+        next = take(&next, &Step::Tell(at, Verb::Reclaim { epoch: row.epoch, salt: world.budget.salts[at] }));
         for _ in 0..200 {
             match calm_step(&next) {
                 Some(step) => next = take(&next, &step),

@@ -116,7 +116,7 @@ fn of_site(world: &World, at: At, all: &mut Vec<Step>) {
         }
     }
     for other in 0..world.sites.len() {
-        let is_ahead = world.row_epoch(other).is_some_and(|epoch| epoch.term() > machine.held().epoch.term());
+        let is_ahead = world.row_epoch(other).is_some_and(|epoch| epoch.overrules(machine.held().epoch));
         if other != at && is_ahead {
             all.push(Step::Hear(at, other));
         }
@@ -171,12 +171,14 @@ fn of_people(world: &World, at: At, all: &mut Vec<Step>) {
         }
         return;
     };
-    all.push(Step::Tell(at, Verb::Remove));
-    if machine.way_back().is_some() {
+    if !world.budget.is_reclaimed_only {
+        all.push(Step::Tell(at, Verb::Remove));
+    }
+    if machine.way_back().is_some() && !world.budget.is_reclaimed_only {
         all.push(Step::Tell(at, Verb::Cancel { discard: false }));
         all.push(Step::Tell(at, Verb::Cancel { discard: true }));
     }
-    all.push(Step::Tell(at, Verb::Reclaim { epoch: machine.held().epoch }));
+    all.push(Step::Tell(at, Verb::Reclaim { epoch: machine.held().epoch, salt: world.budget.salts[at] }));
 }
 
 /// Whether a relocation to here can begin: nothing is here, or what was let go of and is not needed any more.
@@ -218,7 +220,7 @@ fn carry_out(world: &mut World, step: &Step) {
             world.budget.verbs -= 1;
             let site = &mut world.sites[*at];
             let epoch = Epoch(site.left.as_ref().map_or(0, |left| left.epoch.0) + 2);
-            site.row = Some(Held { epoch, ..first() });
+            site.row = Some(Held::new(epoch, State::Owned));
             site.content = 0;
             site.is_written = false;
             world.ghost.must = 0;
@@ -295,18 +297,12 @@ fn carry_out(world: &mut World, step: &Step) {
     }
 }
 
-fn first() -> Held {
-    Held { epoch: Epoch::FIRST, state: State::Owned, came: None }
-}
-
 fn relocate(world: &mut World, at: At, take: bool) {
     world.budget.verbs -= 1;
     let Some((from, epoch)) = world.sites[at].process.opened.take() else { return };
-    let held = Held { epoch: epoch.next(), state: State::Asking { from: name(from) }, ..first() };
-    let site = &mut world.sites[at];
-    site.row = Some(held.clone());
-    site.is_written = false;
-    site.process.machine = Some(Machine::new(held));
+    if !world.begin(at, from, epoch) {
+        return;
+    }
     let ticket = world.ticket(at, Waiting::Begin);
     world.input(at, Input::Begin(ticket, take));
 }
@@ -319,8 +315,7 @@ fn write(world: &mut World, at: At) {
     let site = &mut world.sites[at];
     site.content |= bit;
     site.is_written = true;
-    let term = world.epoch_seen(at).term();
-    if (0..world.sites.len()).all(|other| world.epoch_seen(other).term() <= term) {
+    if !world.is_overruled(world.epoch_seen(at)) {
         world.ghost.must |= bit;
     }
 }

@@ -6,8 +6,8 @@ use std::hash::{Hash, Hasher};
 
 use blockferry::core::ids::Name;
 use blockferry::handover::{
-    Answer, Debt, Epoch, Facts, Held, Input, Job, Left, Machine, No, Output, Owed, Question, Reply, Row, State, Ticket,
-    Verb, answer_without_volume,
+    Answer, Debt, Epoch, Facts, Held, Input, Job, Left, Machine, No, Outcome as OfDebt, Output, Owed, Question, Reply,
+    Row, State, Ticket, Verb, asking as begin_asking, outcome, without_volume,
 };
 
 use crate::search::fingerprint;
@@ -47,6 +47,10 @@ pub struct Budget {
     pub under_way: u8,
     /// Who may relocate the volume to himself from whom.
     pub routes: &'static [(At, At)],
+    /// Whether operators do nothing but relocate and reclaim.
+    pub is_reclaimed_only: bool,
+    /// What a person's decision is salted with at each site: which one wins of two into one term.
+    pub salts: [u16; 3],
 }
 
 /// What only an observer of all sites knows.
@@ -61,8 +65,6 @@ pub struct Ghost {
     pub is_removed: bool,
     /// A person reclaimed.
     pub is_reclaimed: bool,
-    /// Two persons reclaimed at two sites into one term: neither can be told from the other.
-    pub is_collided: bool,
 }
 
 #[derive(Clone, Default)]
@@ -159,7 +161,7 @@ impl World {
             budget,
             wrong: Wrong::default(),
         };
-        world.sites[0].row = Some(Held { epoch: Epoch::FIRST, state: State::Owned, came: None });
+        world.sites[0].row = Some(Held::new(Epoch::FIRST, State::Owned));
         world.restart(0);
         world
     }
@@ -335,16 +337,20 @@ impl World {
                 }
             }
             State::Owned if was.is_some_and(|was| was.epoch.term() < held.epoch.term()) => {
-                let term = held.epoch.term();
-                let is_collided =
-                    (0..self.sites.len()).any(|other| other != at && self.epoch_seen(other).term() >= term);
-                self.ghost.is_collided |= is_collided;
+                let is_overruled = self.is_overruled(held.epoch);
                 self.ghost.is_reclaimed = true;
                 self.ghost.is_removed = false;
-                self.ghost.must = self.sites[at].content;
+                if !is_overruled {
+                    self.ghost.must = self.sites[at].content;
+                }
             }
             _ => {}
         }
+    }
+
+    /// Whether a person's decision that wins over `epoch` is durable at any site.
+    pub fn is_overruled(&self, epoch: Epoch) -> bool {
+        (0..self.sites.len()).any(|other| self.epoch_seen(other).overrules(epoch))
     }
 
     /// The epoch that a site shows: what is durable.
@@ -450,7 +456,7 @@ impl World {
         match self.network.remove(index) {
             Message::Question { from, to, id, question } => {
                 if self.sites[to].process.machine.is_none() {
-                    let answer = answer_without_volume(&question, self.sites[to].left.as_ref());
+                    let answer = self.ask_without_volume(from, to, &question);
                     return self.answer(to, from, id, answer);
                 }
                 let ticket = self.ticket(to, Waiting::Peer(from, id));
@@ -466,14 +472,41 @@ impl World {
     }
 
     fn settle(&mut self, at: At, peer: At, debt: &Debt, answer: Answer) {
-        match answer {
-            Answer::Done(_) | Answer::Refused(None, _) => drop(self.sites[at].debts.remove(debt)),
-            Answer::Refused(Some(holds), _) if holds.term() > debt.epoch.term() => {
+        match outcome(debt, &answer) {
+            OfDebt::Settled => drop(self.sites[at].debts.remove(debt)),
+            OfDebt::Overruled(epoch) if self.sites[at].process.machine.is_some() => {
                 self.sites[at].debts.remove(debt);
-                self.input(at, Input::Heard(name(peer), holds));
+                self.input(at, Input::Heard(name(peer), epoch));
             }
-            Answer::Refused(Some(_), _) => {}
+            OfDebt::Overruled(epoch) => {
+                self.ask_without_volume(peer, at, &Question::Reclaimed { epoch });
+                self.sites[at].debts.remove(debt);
+            }
+            OfDebt::Again => {}
         }
+    }
+
+    /// What it takes is written in one piece: a crash before it is a lost question, a crash behind it a lost answer.
+    fn ask_without_volume(&mut self, from: At, to: At, question: &Question) -> Answer {
+        let (answer, noted) = without_volume(&name(from), question, self.sites[to].left.as_ref());
+        if let Some((left, owes)) = noted {
+            self.sites[to].left = Some(left);
+            self.sites[to].debts.extend(owes);
+        }
+        answer
+    }
+
+    /// The record and what it owes are durable, and the source is about to be asked. False: an old copy.
+    pub fn begin(&mut self, at: At, from: At, epoch: Epoch) -> bool {
+        let site = &mut self.sites[at];
+        let Ok((held, owes)) = begin_asking(&name(from), epoch, site.row.as_ref(), site.left.as_ref()) else {
+            return false;
+        };
+        site.row = Some(held.clone());
+        site.debts.extend(owes);
+        site.is_written = false;
+        site.process.machine = Some(Machine::new(held));
+        true
     }
 
     /// Who may write, and whether what they have is right.
@@ -485,13 +518,11 @@ impl World {
         open.sort_unstable();
         let Some((epoch, top)) = open.pop() else { return };
         if let Some((other, at)) = open.last()
-            && other.term() == epoch.term()
-            && !self.ghost.is_collided
+            && !epoch.overrules(*other)
         {
             self.fail(format!("P1: {} at {other:?} and {} at {epoch:?} both admit writes", name(*at), name(top)));
         }
-        let highest = (0..self.sites.len()).map(|at| self.epoch_seen(at).term()).max().unwrap_or(0);
-        if epoch.term() == highest && !self.ghost.is_collided && self.ghost.must & !self.sites[top].content != 0 {
+        if !self.is_overruled(epoch) && self.ghost.must & !self.sites[top].content != 0 {
             self.fail(format!("P2: {} admits writes without an acknowledged one", name(top)));
         }
     }

@@ -23,6 +23,9 @@ const REST: Duration = Duration::from_secs(300);
 /// After which a person takes care of what nobody else can.
 const PATIENCE_MS: u64 = 60_000;
 
+/// An image that lies under another's path: at which site, of which name, and the one that belongs there.
+type Swapped = (Arc<Part>, Arc<DiskFile>);
+
 /// See the module.
 #[derive(Clone)]
 pub struct People {
@@ -31,7 +34,7 @@ pub struct People {
     pub sites: Vec<Arc<Site>>,
     pub lives: Arc<Lives>,
     /// Images that lie elsewhere for a while: where they belong, and what they are.
-    pub swapped: Arc<Mutex<Vec<(Arc<Part>, Arc<DiskFile>)>>>,
+    pub swapped: Arc<Mutex<Vec<Swapped>>>,
 }
 
 impl People {

@@ -16,7 +16,7 @@ fn record(state: HeldState) -> VolumeRecord {
         geometry: Geometry::new(1 << 30, 65536).expect("a geometry"),
         incarnation: Incarnation([7; 16]),
         generation: Generation(3),
-        held: Held { epoch: Epoch(3), state, came: Some(Came { from: name("a"), epoch: Epoch(2) }) },
+        held: Held { came: Some(Came { from: name("a"), epoch: Epoch(2) }), ..Held::new(Epoch(3), state) },
         source_generation: Some(Generation(9)),
         pace: Pace::default(),
         is_made: true,
@@ -52,7 +52,7 @@ fn what_is_owed_and_remembered_outlives_the_volume() {
     records.change(&record, &arrived).expect("writes");
     state.put(format!("res/{}/c/1", record.incarnation).as_bytes(), b"row").expect("puts");
     state.put(b"res/other/c/1", b"row").expect("puts");
-    let left = Left { to: Some(name("c")), epoch: Epoch(4) };
+    let left = Left { to: Some(name("c")), epoch: Epoch(4), known: [].into() };
     let gone = Row { held: None, left: Some(left.clone()), owes: None, is_new_content: false };
     records.change(&record, &gone).expect("writes");
     assert!(records.load(&draw).expect("loads").is_empty());
@@ -95,4 +95,29 @@ fn a_completed_hand_over_of_version_1_is_still_owed() {
     records.load(&draw).expect("loads");
     let debt = Debt { peer: name("a"), what: Owed::Completed, epoch: Epoch(2) };
     assert_eq!(records.debts().expect("reads"), vec![(name("vm1"), debt)]);
+}
+
+#[test]
+fn a_record_that_is_lost_is_missed() {
+    let state: Arc<dyn State> = Arc::new(MemoryState::new());
+    let records = Records::new(Arc::clone(&state));
+    records.load(&draw).expect("nothing is nothing");
+    let record = record(HeldState::Owned);
+    records.save(&record).expect("saves");
+    let again = || Records::new(Arc::clone(&state)).load(&draw);
+    assert_eq!(again().expect("loads").len(), 1);
+    // A part of the database is gone.
+    state.delete(b"vol/vm1").expect("deletes");
+    let error = again().expect_err("a record is missing").to_string();
+    assert!(error.contains("vm1") && error.contains("restore the state database"), "{error}");
+    records.save(&record).expect("saves");
+    state.delete(b"vol/vm1").expect("deletes");
+    state.delete(b"volumes").expect("deletes");
+    state.put(format!("res/{}/guest", record.incarnation).as_bytes(), b"1").expect("puts");
+    again().expect_err("residency of a volume that nobody knows");
+    // What was removed is not missed.
+    let left = Some(Left { to: None, epoch: Epoch(4) });
+    records.save(&record).expect("saves");
+    records.change(&record, &Row { held: None, left, owes: None, is_new_content: false }).expect("writes");
+    assert!(again().expect("loads").is_empty());
 }

@@ -121,6 +121,8 @@ impl Manifest {
         if self.is_released() {
             return self.rows.check_open();
         }
+        // Blocks that are not there any more could never be sent: said while the image is still this site's own.
+        self.image.check_size()?;
         self.seal()?;
         let zeros: Vec<u64> = (0..self.geometry.pages())
             .filter(|page| matches!(self.pages[*page as usize].load(Ordering::Acquire), ZERO | HOLE))

@@ -169,6 +169,39 @@ fn an_image_that_is_changed_while_it_rests_is_hashed_anew() {
 }
 
 #[test]
+fn what_was_changed_at_rest_is_released_as_it_is() {
+    let lab = Lab::new();
+    let manifest = Arc::new(lab.open());
+    hash_all(&manifest);
+    std::thread::sleep(TIMESTAMP_GRAIN);
+    // Over data, and into what was a hole.
+    lab.change(2 * BLOCK, &[9; BLOCK as usize]);
+    lab.change(1024 * BLOCK, &[9; BLOCK as usize]);
+    manifest.release().expect("releases");
+    assert_eq!(
+        manifest.roots(PageIndex(0), 3),
+        [RootEntry::Unknown, RootEntry::Unknown, RootEntry::Unknown],
+        "nothing of before is announced"
+    );
+    let nines = BlockId::of(&[9; BLOCK as usize]);
+    assert_eq!((serve(&manifest, 2), serve(&manifest, 1024)), (Ok(nines), Ok(nines)));
+    assert_eq!(manifest.page(PageIndex(1)).expect("hashes").id_of(BlockIndex(1024)), Some(nines));
+    hash_all(&manifest);
+    assert_eq!(serve(&manifest, 3), Ok(id_of_ones()));
+}
+
+#[test]
+fn an_image_that_was_cut_is_not_released() {
+    let lab = Lab::new();
+    let manifest = lab.open();
+    hash_all(&manifest);
+    std::fs::File::options().write(true).open(lab.path()).and_then(|file| file.set_len(SIZE - 1)).expect("cuts");
+    let error = manifest.release().expect_err("a byte is missing").to_string();
+    assert!(error.contains(&SIZE.to_string()), "{error}");
+    assert!(!manifest.is_released());
+}
+
+#[test]
 fn a_damaged_row_costs_a_hash() {
     let lab = Lab::new();
     let manifest = lab.open();

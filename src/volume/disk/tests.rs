@@ -83,3 +83,63 @@ proptest! {
         }
     }
 }
+
+/// A file in memory that is full behind a byte: what is written over that ends there, with an error.
+#[derive(Debug)]
+struct Full {
+    bytes: parking_lot::Mutex<Vec<u8>>,
+    full_from: usize,
+}
+
+impl crate::image::Backend for Full {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
+        buf.copy_from_slice(&self.bytes.lock()[offset as usize..][..buf.len()]);
+        Ok(buf.len())
+    }
+    fn read_cached_at(&self, _: &mut [u8], _: u64) -> Option<std::io::Result<()>> {
+        None
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+        let fits = self.full_from.saturating_sub(offset as usize).min(bytes.len());
+        self.bytes.lock()[offset as usize..][..fits].copy_from_slice(&bytes[..fits]);
+        if fits == bytes.len() { Ok(()) } else { Err(std::io::ErrorKind::StorageFull.into()) }
+    }
+    fn write_zeroes(&self, offset: u64, len_bytes: u64, _: bool) -> std::io::Result<()> {
+        self.bytes.lock()[offset as usize..][..len_bytes as usize].fill(0);
+        Ok(())
+    }
+    fn sync_data(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn next_data(&self, from: u64) -> std::io::Result<Option<Range<u64>>> {
+        let bytes = self.bytes.lock();
+        let at = bytes[from as usize..].iter().position(|byte| *byte != 0);
+        Ok(at.map(|at| from + at as u64..bytes.len() as u64))
+    }
+    fn stamp(&self) -> std::io::Result<crate::image::Stamp> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+    fn allocated_bytes(&self) -> std::io::Result<u64> {
+        Ok(self.bytes.lock().len() as u64)
+    }
+}
+
+/// A new file has no residue, until a guest's write fails in the middle: its error says that nothing is promised of these sectors, and
+/// still they must not change by themselves.
+#[test]
+fn what_a_failed_write_left_does_not_show_through_a_zero_block() {
+    let geometry = Geometry::new(SIZE, BLOCK).expect("a geometry");
+    let full = Full { bytes: parking_lot::Mutex::new(vec![0; SIZE as usize]), full_from: 4096 };
+    let image = Arc::new(Image::over(Box::new(full), std::path::Path::new("full"), SIZE, true));
+    let life = Life::new("vm".parse().expect("a name"));
+    let disk = Disk::new(image, Residency::new(geometry), geometry, life, false);
+    disk.write(BlockIndex(0), 0, &[7; BLOCK as usize]).expect_err("there is no room");
+    let read = || {
+        let mut out = vec![1; BLOCK as usize];
+        disk.read_over(BlockIndex(0), 0..BLOCK as u32, None, &mut out).expect("reads");
+        out
+    };
+    let before = read();
+    assert_eq!(disk.land_zeros(&[BlockIndex(0)]).expect("lands"), BLOCK);
+    assert!(read() == before && crate::core::ids::is_zero(&before));
+}

@@ -5,18 +5,18 @@ use blockferry_lab::cli::RunOptions;
 use blockferry_wan::units::{Rate, Span, parse_size};
 use clap::Parser;
 
-/// Relocates a real image back and forth while clients write to it, kills and cuts off the sites at random moments, and
-/// checks after every restart that nothing acknowledged is lost.
+/// Relocates a real image between three sites while clients write to it, kills and cuts off the sites at random moments,
+/// does what operators do in between, and checks after every restart that nothing acknowledged is lost.
 #[derive(Debug, Parser)]
 #[command(name = "torture-run", after_help = "Example:\n  torture-run --cycles 50 --seed 7")]
 pub struct Cli {
     /// How many times something is killed or cut [default: 200; with --quick 20]
     #[arg(long, value_name = "N")]
     pub cycles: Option<u64>,
-    /// Decides what is written, and what is killed when
+    /// Decides what is written, and what is done when
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
-    /// A small image and short pauses: less than a minute
+    /// A small image and short pauses: about a minute
     #[arg(long)]
     pub quick: bool,
     /// The image's size [default: 256MiB; with --quick 64MiB]

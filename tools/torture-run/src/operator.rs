@@ -31,6 +31,7 @@ impl Torture<'_> {
             (Verb::CancelCut, Place::Moving { from, to }) => self.cancel_while_cut(from, to),
             (Verb::SwapAtSource, Place::Moving { from, .. }) => self.swap_at_source(from),
             (Verb::SwapAtDestination, Place::Moving { to, .. }) => self.swap_at_destination(to),
+            (Verb::Hop, Place::Moving { from, to }) => self.hop(from, to),
             (Verb::Refused, Place::Moving { from, to }) => self.refused_verbs(from, to),
             (Verb::ReclaimAtSource, Place::Moving { from, to }) => self.reclaim_at_source(from, to),
             (Verb::ReclaimAtDestination, Place::Moving { from, to }) => self.reclaim_at_destination(from, to),
@@ -295,6 +296,30 @@ impl Torture<'_> {
         self.start_destination(true)?;
         self.start_guest();
         Ok("noticed, and put back")
+    }
+
+    fn hop(&mut self, from: usize, to: usize) -> Result<Outcome> {
+        self.sites.set_rate(self.fast())?;
+        self.relocation.wait_complete(&mut self.sites)?;
+        self.sites.set_rate(Some(self.rate))?;
+        self.finish(true)?;
+        let third = SITES - from - to;
+        if self.relocation.images[third].is_some() {
+            self.relocation.let_go(&mut self.sites, third)?;
+        }
+        let is_down = self.random.below(2) == 0;
+        if is_down {
+            self.sites.kill(from)?;
+        }
+        self.report.hops += 1;
+        self.relocation.hand_over(&mut self.sites, third, None)?;
+        if is_down {
+            self.sites.sites[from].start()?;
+        }
+        self.sites.probe(&[third])?;
+        self.check(true)?;
+        self.start_guest();
+        Ok(if is_down { "on its way, the first site down" } else { "on its way" })
     }
 
     fn refused_verbs(&mut self, from: usize, to: usize) -> Result<Outcome> {

@@ -268,8 +268,9 @@ impl Relocation {
             // What was under way at the source when it let go is the source's: old or new, and part of what was handed over.
             let mut nbd = self.connect(sites)?;
             self.settle(&mut nbd)?;
-            self.disk.model().hand_over();
         }
+        // So is what was acknowledged there until it let go.
+        self.disk.model().hand_over();
         Ok(())
     }
 

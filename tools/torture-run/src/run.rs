@@ -18,7 +18,7 @@ use crate::cli::Cli;
 use crate::cycle::Kind;
 use crate::relocation::{Place, Relocation};
 use crate::report::{FoundLoss, Report};
-use crate::sites::{NAME, Sites, Stuck};
+use crate::sites::{NAME, PATIENCE, Sites, Stuck};
 use crate::terabyte;
 use crate::verb::Deck;
 
@@ -81,11 +81,15 @@ pub struct Torture<'a> {
     pub(crate) relocation: Relocation,
     pub(crate) random: Random,
     pub(crate) rate: Rate,
-    report: &'a mut Report,
+    pub(crate) report: &'a mut Report,
     clock: &'a Clock,
     deck: Deck,
     /// Pauses last up to so long.
     pause_ms: u64,
+    /// How much of the disk was there when that last changed.
+    moved: (u64, Instant),
+    /// Restarts with a large volume that are measured.
+    restarts: u64,
     last: &'static str,
 }
 
@@ -132,6 +136,8 @@ impl<'a> Torture<'a> {
             rate: cli.rate,
             deck: Deck::default(),
             pause_ms: if cli.quick { 300 } else { 1200 },
+            moved: (0, Instant::now()),
+            restarts: if cli.quick { 2 } else { 5 },
             last: "start",
         })
     }
@@ -170,8 +176,16 @@ impl<'a> Torture<'a> {
             let (here, is_complete) = self.relocation.progress(&mut self.sites)?;
             self.say(&format!("{}; {here} % is here", kind.words()));
             faults += 1;
+            if here != self.moved.0 {
+                self.moved = (here, Instant::now());
+            } else if !is_complete && self.moved.1.elapsed() > PATIENCE {
+                // Each fault is over within seconds, and something arrives between two of them.
+                let what = format!("{here} % has been here for {} s", PATIENCE.as_secs());
+                bail!(Stuck(format!("{what}\n{}", self.sites.describe())));
+            }
             if is_complete {
-                self.finish()?;
+                let is_kept = self.random.below(2) == 0;
+                self.finish(is_kept)?;
             } else if faults % 2 == 0 {
                 self.operator()?;
             }
@@ -181,12 +195,12 @@ impl<'a> Torture<'a> {
         {
             self.sites.set_rate(self.fast())?;
             self.relocation.wait_complete(&mut self.sites)?;
-            self.finish()?;
+            self.finish(false)?;
         }
         if self.report.losses.is_empty() {
             self.clock.say("a sparse volume of 1 TiB, killed half-way");
             self.sites.set_rate(self.fast())?;
-            match terabyte::measure(&mut self.sites, folder)? {
+            match terabyte::measure(&mut self.sites, folder, self.restarts)? {
                 Ok(times) => self.report.terabyte_ready = times,
                 Err(why) => self.report.terabyte_skipped = Some(why),
             }
@@ -202,6 +216,7 @@ impl<'a> Torture<'a> {
         let done = self.operate(verb).with_context(|| verb.words());
         self.collect();
         let outcome = done?;
+        self.moved.1 = Instant::now();
         *self.report.verbs.entry(verb).or_default().entry(outcome).or_default() += 1;
         self.say(&format!("{}: {outcome}", verb.words()));
         Ok(())
@@ -239,6 +254,11 @@ impl<'a> Torture<'a> {
         } else if !is_taken {
             self.relocation.stop_guest()?;
         }
+        // Where the disk was two relocations ago is not needed for this one.
+        let is_third_down = self.relocation.images[third].is_some() && self.random.below(2) == 0;
+        if is_third_down {
+            self.sites.kill(third)?;
+        }
         let is_killed = self.random.below(4) > 0;
         if is_killed {
             self.count(Kind::HandOverKilled);
@@ -262,9 +282,14 @@ impl<'a> Torture<'a> {
             self.relocation.hand_over(&mut self.sites, to, None).context("the hand-over")?;
         }
         self.collect();
+        if is_third_down {
+            self.sites.sites[third].start()?;
+            self.sites.probe(&[to])?;
+        }
         let (from, to) = (self.sites.name(source), self.sites.name(to));
         let how = if is_taken { ", taken from its clients" } else { "" };
         let killed = if is_killed { ", killed meanwhile" } else { "" };
+        self.moved = (0, Instant::now());
         self.say(&format!("relocation from {from} to {to}{how}{killed}"));
         self.start_guest();
         Ok(())
@@ -420,9 +445,9 @@ impl<'a> Torture<'a> {
         Ok(())
     }
 
-    fn finish(&mut self) -> Result<()> {
+    /// All of it is there: the end of a relocation. `is_kept`: the site that it came from still knows the volume.
+    pub(crate) fn finish(&mut self, is_kept: bool) -> Result<()> {
         let is_killed = self.random.below(2) == 0;
-        let is_kept = self.random.below(2) == 0;
         let source = self.source();
         let finished = self.relocation.finish(&mut self.sites, is_killed, is_kept);
         self.sites.kills += u64::from(is_killed);

@@ -19,11 +19,9 @@ const SIZE_BYTES: u64 = 1 << 40;
 /// Pieces of data, spread over it.
 const PIECES: u64 = 64;
 const PIECE_BYTES: u64 = 1 << 20;
-/// Restarts that are measured.
-const RESTARTS: usize = 5;
 
-/// Relocates it slowly from site a to site b, and kills site b again and again.
-pub fn measure(sites: &mut Sites, folder: &Path) -> Result<Result<Times, String>> {
+/// Relocates it slowly from site a to site b, and kills site b so many times.
+pub fn measure(sites: &mut Sites, folder: &Path, restarts: u64) -> Result<Result<Times, String>> {
     let image = folder.join("terabyte.raw");
     let file = File::create(&image).with_context(|| format!("cannot make {}", image.display()))?;
     if let Err(error) = file.set_len(SIZE_BYTES) {
@@ -42,7 +40,7 @@ pub fn measure(sites: &mut Sites, folder: &Path) -> Result<Result<Times, String>
     let remote = format!("a/{NAME}");
     b.ask(&["relocate", &remote, "--bulk-rate", "100kB/s", "--image", &arriving.to_string_lossy()])?;
     let mut times = Times::default();
-    for restart in 0..RESTARTS as u64 {
+    for restart in 0..restarts {
         // Pieces of the end, which bulk reaches last.
         let at = place(PIECES - 1 - restart);
         let mut nbd = NbdClient::open(&b.nbd_socket(), NAME).context("the terabyte is not served")?;

@@ -33,12 +33,14 @@ pub enum Verb {
     ReclaimAtSource,
     /// The source is lost, the destination reclaims, and the source comes back.
     ReclaimAtDestination,
+    /// All of it arrives, and it goes on to the third site while the first one still has what it released.
+    Hop,
     /// Verbs that make no sense now.
     Refused,
 }
 
 /// All of them.
-pub const ALL: [Verb; 14] = [
+pub const ALL: [Verb; 15] = [
     Verb::CancelUnwritten,
     Verb::CancelDiscard,
     Verb::CancelCut,
@@ -52,6 +54,7 @@ pub const ALL: [Verb; 14] = [
     Verb::SwapAtDestination,
     Verb::ReclaimAtSource,
     Verb::ReclaimAtDestination,
+    Verb::Hop,
     Verb::Refused,
 ];
 
@@ -65,6 +68,7 @@ impl Verb {
             | Verb::SwapAtDestination
             | Verb::ReclaimAtSource
             | Verb::ReclaimAtDestination
+            | Verb::Hop
             | Verb::Refused => true,
             Verb::CancelUnwritten
             | Verb::CancelComplete
@@ -92,6 +96,7 @@ impl Verb {
             Verb::SwapAtDestination => "image swapped at the destination",
             Verb::ReclaimAtSource => "reclaim at the source",
             Verb::ReclaimAtDestination => "reclaim at the destination",
+            Verb::Hop => "hop to the third site",
             Verb::Refused => "verbs that have to be refused",
         }
     }
@@ -124,11 +129,11 @@ mod tests {
     #[test]
     fn every_verb_comes_before_one_comes_again() {
         let (mut deck, mut random) = (Deck::default(), Random::new(5));
-        for is_under_way in [true, false] {
-            let mut drawn: Vec<Verb> = (0..7).map(|_| deck.draw(&mut random, is_under_way)).collect();
+        for (is_under_way, count) in [(true, 8), (false, 7)] {
+            let mut drawn: Vec<Verb> = (0..count).map(|_| deck.draw(&mut random, is_under_way)).collect();
             drawn.sort();
             drawn.dedup();
-            assert_eq!(drawn.len(), 7);
+            assert_eq!(drawn.len(), count);
             assert!(drawn.iter().all(|verb| verb.is_under_way() == is_under_way));
         }
     }
