@@ -106,7 +106,8 @@ impl Inventory {
             pace: Pace::default(),
             is_made: false,
             is_read_only: false,
-            noted: image.identity().ok(),
+            // Without it, whatever lies there after a restart would be taken for it.
+            noted: Some(image.identity().map_err(|error| error.to_string())?),
         };
         let entry = self.make_complete(record.clone(), image).map_err(|error| format!("{error:#}"))?;
         self.records.save(&record).map_err(|error| error.to_string())?;

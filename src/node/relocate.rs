@@ -156,7 +156,8 @@ impl Inventory {
             pace,
             is_made: image.was_made(),
             is_read_only: remote.is_read_only,
-            noted: image.identity().ok(),
+            // Without it, whatever lies there after a restart would be taken for it.
+            noted: Some(image.identity().map_err(|error| error.to_string())?),
         };
         let volume = Volume::relocating(self.parts(&record, image), true).map_err(|error| error.to_string())?;
         // From here on a crash finds the intent: after the restart the source is told that nothing came of it.

@@ -16,7 +16,7 @@ use crate::run::content;
 use crate::site::Site;
 use crate::site_lives::Lives;
 use crate::slot::{Part, Slot};
-use crate::world::{Shared, Side};
+use crate::world::Shared;
 
 /// In which every verb must have been answered once all is well, and everything have come to rest.
 const REST: Duration = Duration::from_secs(300);
@@ -24,7 +24,7 @@ const REST: Duration = Duration::from_secs(300);
 const PATIENCE_MS: u64 = 60_000;
 
 /// An image that lies under another's path: at which site, of which name, and the one that belongs there.
-type Swapped = (Side, String, Arc<DiskFile>);
+type Swapped = (Arc<Part>, Arc<DiskFile>);
 
 /// See the module.
 #[derive(Clone)]
@@ -120,12 +120,16 @@ impl People {
         let site = self.any_site();
         let part = self.slot.part(site.side).ok_or("nothing is there")?;
         let epoch = part.held.lock().epoch;
+        self.decide(&part);
+        self.operator().tell(&site, Verb::Reclaim { epoch }).await?.map(drop).map_err(|no| no.to_string())
+    }
+
+    /// From here on what never arrived may read as zeros.
+    fn decide(&self, part: &Part) {
         self.slot.is_decided.set();
-        self.operator()
-            .tell(&site, Verb::Reclaim { epoch, salt: salt_of(site.side) })
-            .await?
-            .map(drop)
-            .map_err(|no| no.to_string())
+        if !part.held.lock().state.is_complete() {
+            part.model.lock().forget_absent();
+        }
     }
 
     /// An image under the name: one that lies there, or another one.
@@ -135,7 +139,7 @@ impl People {
             return Err("the name is taken".into());
         }
         let path = format!("{}.raw", self.slot.name);
-        let in_use = self.swapped.lock().iter().any(|(side, at, _)| *side == site.side && *at == path);
+        let in_use = self.swapped.lock().iter().any(|(part, _)| part.side == site.side && part.image == path);
         if in_use {
             return Err("its image is elsewhere".into());
         }
@@ -165,11 +169,11 @@ impl People {
         let part = self.slot.part(site.side).ok_or("nothing is there")?;
         let file = site.file(&part.image).ok_or("there is no file")?;
         let mut swapped = self.swapped.lock();
-        if swapped.iter().any(|(side, at, _)| *side == site.side && *at == part.image) {
+        if swapped.iter().any(|(of, _)| of.side == site.side && of.image == part.image) {
             return Err("it is elsewhere already".into());
         }
         let other = self.another_image(Some(&file));
-        swapped.push((site.side, part.image.clone(), file));
+        swapped.push((Arc::clone(&part), file));
         site.swap_at_restart(&part.image, other);
         drop(swapped);
         self.world.trouble();
@@ -181,9 +185,10 @@ impl People {
     pub async fn put_back(&self) {
         let swapped = std::mem::take(&mut *self.swapped.lock());
         let mut sides = BTreeSet::new();
-        for (side, path, file) in swapped {
-            self.sites[side as usize].swap_at_restart(&path, file);
-            sides.insert(side as usize);
+        // What was given up meanwhile needs its image no more, and another volume's may lie there.
+        for (part, file) in swapped.into_iter().filter(|(part, _)| self.slot.is_current(part)) {
+            self.sites[part.side as usize].swap_at_restart(&part.image, file);
+            sides.insert(part.side as usize);
         }
         for side in sides {
             let site = &self.sites[side];
@@ -236,6 +241,7 @@ impl People {
                 (held.state.clone(), held.epoch)
             };
             if matches!(state, State::Asking { .. } | State::Arriving { .. } | State::GivingBack { .. }) {
+                self.decide(&part);
                 let operator = self.operator();
                 let told =
                     operator.tell(&self.sites[part.side as usize], Verb::Reclaim { epoch, salt: salt_of(part.side) });
