@@ -6,6 +6,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use super::rest::TIMESTAMP_GRAIN;
 use super::*;
+use crate::image::Stamp;
 use crate::store::MemoryState;
 
 const INCARNATION: Incarnation = Incarnation([7; 16]);
