@@ -137,6 +137,11 @@ impl VolumeRecord {
     }
 }
 
+/// A row that speaks of another volume than its key would be written anew under that volume's key, over its row.
+pub(super) fn check_key(key: &[u8], name: &Name) -> Result<(), String> {
+    if key == VolumeRecord::key(name) { Ok(()) } else { Err(format!("it speaks of the volume {name}")) }
+}
+
 /// The version of a row, whatever else it has.
 #[derive(Deserialize)]
 struct Version {
@@ -157,11 +162,15 @@ impl Records {
             let unreadable = |why: &dyn ToString| RecordError::unreadable(&key, why.to_string());
             let Version { version } = serde_json::from_slice(&row).map_err(|error| unreadable(&error))?;
             let record = match version {
-                1 => record_v1::renew(&*self.state, &row, draw()).map_err(|error| match error {
+                1 => record_v1::renew(&*self.state, &key, &row, draw()).map_err(|error| match error {
                     record_v1::RenewError::State(error) => error.into(),
                     record_v1::RenewError::Row(error) => unreadable(&error),
                 })?,
-                VERSION => serde_json::from_slice(&row).map_err(|error| unreadable(&error))?,
+                VERSION => {
+                    let record: VolumeRecord = serde_json::from_slice(&row).map_err(|error| unreadable(&error))?;
+                    check_key(&key, &record.name).map_err(|why| unreadable(&why))?;
+                    record
+                }
                 other => return Err(unreadable(&format!("it has version {other}, this program knows {VERSION}"))),
             };
             records.push(record);
@@ -299,7 +308,12 @@ impl Records {
             let text = String::from_utf8_lossy(&key[OWED.len()..]).into_owned();
             let name = text.split('/').next().unwrap_or_default().parse();
             let name = name.map_err(|_| RecordError::unreadable(key, "it names no volume"))?;
-            Ok((name, serde_json::from_slice(row).map_err(|error| RecordError::unreadable(key, error))?))
+            let debt: Debt = serde_json::from_slice(row).map_err(|error| RecordError::unreadable(key, error))?;
+            // Who settles it would leave the row.
+            if *key != debt_key(&name, &debt) {
+                return Err(RecordError::unreadable(key, "it speaks of another debt than its key"));
+            }
+            Ok((name, debt))
         };
         rows.iter().map(parse).collect()
     }
@@ -401,5 +415,7 @@ fn debt_key(name: &Name, debt: &Debt) -> Vec<u8> {
     format!("owed/{name}/{:016x}/{}/{what}", debt.epoch.0, debt.peer).into_bytes()
 }
 
+// By path: the fuzz targets compile this file from elsewhere.
 #[cfg(test)]
+#[path = "record/tests.rs"]
 mod tests;
