@@ -121,7 +121,11 @@ impl People {
         let part = self.slot.part(site.side).ok_or("nothing is there")?;
         let epoch = part.held.lock().epoch;
         self.decide(&part);
-        self.operator().tell(&site, Verb::Reclaim { epoch }).await?.map(drop).map_err(|no| no.to_string())
+        self.operator()
+            .tell(&site, Verb::Reclaim { epoch, salt: salt_of(site.side) })
+            .await?
+            .map(drop)
+            .map_err(|no| no.to_string())
     }
 
     /// From here on what never arrived may read as zeros.
@@ -253,6 +257,6 @@ impl People {
 }
 
 /// Two sites' decisions are told apart by it: the daemon draws it at random.
-fn salt_of(side: Side) -> u16 {
+fn salt_of(side: crate::world::Side) -> u16 {
     side as u16 + 1
 }
