@@ -121,7 +121,11 @@ impl People {
         let part = self.slot.part(site.side).ok_or("nothing is there")?;
         let epoch = part.held.lock().epoch;
         self.decide(&part);
-        self.operator().tell(&site, Verb::Reclaim { epoch }).await?.map(drop).map_err(|no| no.to_string())
+        self.operator()
+            .tell(&site, Verb::Reclaim { epoch, salt: self.world.below(1 << 16) as u16 })
+            .await?
+            .map(drop)
+            .map_err(|no| no.to_string())
     }
 
     /// From here on what never arrived may read as zeros.
@@ -243,7 +247,10 @@ impl People {
             if matches!(state, State::Asking { .. } | State::Arriving { .. } | State::GivingBack { .. }) {
                 self.decide(&part);
                 let operator = self.operator();
-                let told = operator.tell(&self.sites[part.side as usize], Verb::Reclaim { epoch });
+                let told = operator.tell(
+                    &self.sites[part.side as usize],
+                    Verb::Reclaim { epoch, salt: self.world.below(1 << 16) as u16 },
+                );
                 let told = tokio::time::timeout(Duration::from_secs(20), told).await;
                 self.world.say(|| format!("{}: reclaimed at the {:?}: {told:?}", self.slot.name, part.side));
             }
