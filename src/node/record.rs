@@ -23,7 +23,7 @@ use crate::core::ids::{Incarnation, Name, Nonce};
 use crate::core::manifest::Geometry;
 use crate::handover::{Debt, Generation, Held, Left, Owed, Row};
 use crate::image::{Identity, Mark};
-use crate::store::{State, StateBatch, StateError};
+use crate::store::{State, StateBatch, StateEntry, StateError};
 
 /// A volume as journalled.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -157,8 +157,11 @@ impl Records {
     /// All volumes, by name. One row that cannot be read is an error: a site that forgets a volume might let somebody else write it.
     /// Rows of version 1 are written anew as of version 2, under incarnations that `draw` gives.
     pub fn load(&self, draw: &dyn Fn() -> Incarnation) -> Result<Vec<VolumeRecord>, RecordError> {
+        let rows = self.state.scan_prefix(VOLUMES)?;
+        // Before anything is written: rows of version 1 are renewed one by one, and a crash may come in between.
+        self.check_names(&rows)?;
         let mut records = Vec::new();
-        for (key, row) in self.state.scan_prefix(VOLUMES)? {
+        for (key, row) in rows {
             let unreadable = |why: &dyn ToString| RecordError::unreadable(&key, why.to_string());
             let Version { version } = serde_json::from_slice(&row).map_err(|error| unreadable(&error))?;
             let record = match version {
@@ -175,29 +178,22 @@ impl Records {
             };
             records.push(record);
         }
-        self.check_names(&records)?;
         Ok(records)
     }
 
     /// Whether the records are all that there are. A database that lost a part of itself begins with the rest, as if nothing had been.
-    fn check_names(&self, records: &[VolumeRecord]) -> Result<(), RecordError> {
-        let there: BTreeSet<Name> = records.iter().map(|record| record.name.clone()).collect();
+    fn check_names(&self, rows: &[StateEntry]) -> Result<(), RecordError> {
+        let mut there = BTreeSet::new();
+        for (key, _) in rows {
+            let name = String::from_utf8_lossy(&key[VOLUMES.len()..]).parse();
+            there.insert(name.map_err(|_| RecordError::unreadable(key, "it names no volume"))?);
+        }
         let noted = self.read_names()?;
         let lost: Vec<String> = match &noted {
             Some(noted) => noted.difference(&there).map(Name::to_string).collect(),
-            // Written with the first record. Without it there is nothing, or all of it is of version 1.
-            None => {
-                let mut is_something_else = false;
-                for prefix in [OWED, LEFT, MARKS.as_bytes(), b"nonce/"] {
-                    is_something_else |= !self.state.scan_prefix(prefix)?.is_empty();
-                }
-                let is_orphaned = there.is_empty() && !self.state.scan_prefix(b"res/")?.is_empty();
-                if is_something_else || is_orphaned {
-                    vec!["of volumes whose names are lost, too".into()]
-                } else {
-                    Vec::new()
-                }
-            }
+            // Written with the first record of version 2. Without it there is nothing, or all of it is of version 1.
+            None if self.has_rows_of_version_2()? => vec!["of volumes whose names are lost, too".into()],
+            None => Vec::new(),
         };
         if !lost.is_empty() {
             let why = format!("records are missing: {}", lost.join(", "));
@@ -210,6 +206,23 @@ impl Records {
         }
         *self.names.lock() = Some(there);
         Ok(())
+    }
+
+    /// Whether there are rows that are written beside, or after, the list of names.
+    fn has_rows_of_version_2(&self) -> Result<bool, RecordError> {
+        for prefix in [OWED, LEFT, MARKS.as_bytes()] {
+            if !self.state.scan_prefix(prefix)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        // Residency by incarnation, not by name.
+        let mut is_there = false;
+        self.state.scan(b"res/", &mut |key, _| {
+            let of = key.get(4..36).and_then(|of| std::str::from_utf8(of).ok());
+            is_there = key.get(36) == Some(&b'/') && of.is_some_and(|of| of.parse::<Incarnation>().is_ok());
+            !is_there
+        })?;
+        Ok(is_there)
     }
 
     fn read_names(&self) -> Result<Option<BTreeSet<Name>>, RecordError> {

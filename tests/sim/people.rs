@@ -122,7 +122,7 @@ impl People {
         let epoch = part.held.lock().epoch;
         self.decide(&part);
         self.operator()
-            .tell(&site, Verb::Reclaim { epoch, salt: salt_of(site.side) })
+            .tell(&site, Verb::Reclaim { epoch, salt: self.world.below(1 << 16) as u16 })
             .await?
             .map(drop)
             .map_err(|no| no.to_string())
@@ -247,16 +247,13 @@ impl People {
             if matches!(state, State::Asking { .. } | State::Arriving { .. } | State::GivingBack { .. }) {
                 self.decide(&part);
                 let operator = self.operator();
-                let told =
-                    operator.tell(&self.sites[part.side as usize], Verb::Reclaim { epoch, salt: salt_of(part.side) });
+                let told = operator.tell(
+                    &self.sites[part.side as usize],
+                    Verb::Reclaim { epoch, salt: self.world.below(1 << 16) as u16 },
+                );
                 let told = tokio::time::timeout(Duration::from_secs(20), told).await;
                 self.world.say(|| format!("{}: reclaimed at the {:?}: {told:?}", self.slot.name, part.side));
             }
         }
     }
-}
-
-/// Two sites' decisions are told apart by it: the daemon draws it at random.
-fn salt_of(side: crate::world::Side) -> u16 {
-    side as u16 + 1
 }
