@@ -4,6 +4,9 @@
 mod state;
 #[path = "../../src/store/state_memory.rs"]
 mod state_memory;
+#[path = "../../src/store/written.rs"]
+mod written;
 
 pub use state::{State, StateBatch, StateChange, StateEntry, StateError};
 pub use state_memory::MemoryState;
+pub use written::boot_id;
