@@ -69,7 +69,7 @@ fn rows_of_version_1_become_those_of_version_2() {
     let giving_back = format!(
         r#"{{"epoch":2,"state":{{"giving_back":{{"from":"a","was_owner":true,"is_complete":false}}}},{came}}}"#
     );
-    let released = r#"{"epoch":4,"state":{"released":{"to":"b","is_completed":false}}}"#;
+    let released = r#"{"epoch":4,"state":{"released":{"to":"b","is_completed":false}},"lent":["b"]}"#;
     let (first, behind) = (r"\x00".repeat(8), r"\x00".repeat(7) + r"\x01");
     let moved = |nth: u8, to: &str, from: &str| (format!("res/{}/{to}", Incarnation([nth; 16])), value(from));
     let mut expected = vec![
@@ -85,6 +85,7 @@ fn rows_of_version_1_become_those_of_version_2() {
         moved(2, &format!("live/{BOOT}/{first}"), &format!("res/came/live/{BOOT}/{first}")),
         moved(2, "guest", "res/came/guest"),
         moved(3, &format!("c/{first}"), &format!("res/came-back/c/{first}")),
+        ("volumes".into(), br#"["asked","came","came-back","gone","late","own","settled"]"#.to_vec()),
         // Rows of nobody's, and of another owner of this database, stay as they are.
         (format!("res/came-b/c/{behind}"), value(&format!("res/came-b/c/{behind}"))),
     ];
