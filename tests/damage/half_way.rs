@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::disk::{BLOCK, Disk, assert_same, noise};
 use crate::nbd_client::{NbdClient, Replies};
-use crate::site::{Pair, link, text};
+use crate::site::{Pair, eventually, link, text};
 
 pub const BLOCKS: usize = 160;
 /// Blocks of the front that have arrived.
@@ -69,6 +69,11 @@ impl HalfWay {
         write(&mut client, 3 * BLOCK + 1000, 5000);
         write(&mut client, 100 * BLOCK, 2 * BLOCK);
         write(&mut client, 110 * BLOCK + 512, 4096);
+        // A read is answered before its block is in the file.
+        eventually("what was read is in the file", || match pair.b.status("vm")["blocks"]["absent"].as_u64() {
+            Some(absent) if absent == (BLOCKS + 1 - ARRIVED - 2) as u64 => Ok(()),
+            other => Err(format!("{other:?}")),
+        });
         client.flush();
         drop(client);
         // From the log into a table.
