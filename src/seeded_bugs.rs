@@ -32,6 +32,14 @@ pub enum Bug {
     RowsByName,
     ClosedVolumeWrites,
     RefusedWriteCounts,
+    WithdrawalForgotten,
+    RefusalBelieved,
+    AnswerBeforeJournal,
+    AdmitBeforeJournal,
+    GivenBackToAnybody,
+    ReclaimWithinTheTerm,
+    DebtForgotten,
+    StaleFenceBelieved,
 }
 
 impl Bug {
@@ -61,6 +69,18 @@ impl Bug {
         Bug::GateOpenBeforeOwnership,
         Bug::FenceDoesNotWait,
         Bug::CompleteBeforeSync,
+    ];
+
+    /// Those of the ownership machine: the model (tests/handover) has to notice them.
+    pub const OF_OWNERSHIP: &[Bug] = &[
+        Bug::WithdrawalForgotten,
+        Bug::RefusalBelieved,
+        Bug::AnswerBeforeJournal,
+        Bug::AdmitBeforeJournal,
+        Bug::GivenBackToAnybody,
+        Bug::ReclaimWithinTheTerm,
+        Bug::DebtForgotten,
+        Bug::StaleFenceBelieved,
     ];
 
     /// Those that take a second volume of the same name, or a relocation that is given up, to be noticed.

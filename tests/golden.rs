@@ -11,6 +11,11 @@ use blockferry::core::residency::Residency;
 use blockferry::core::wire::{Control, Data, Refusal, RootEntry, Want, WireError};
 use bytes::Bytes;
 
+#[path = "golden/rows.rs"]
+mod rows;
+#[path = "golden/state_v1.rs"]
+mod state_v1;
+
 /// The vectors of the tables whose first column is headed `kind`, by name.
 fn vectors(document: &str, kind: &str) -> BTreeMap<String, Bytes> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs").join(document);

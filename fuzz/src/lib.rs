@@ -6,10 +6,16 @@
 #![allow(dead_code, reason = "parts of a larger program")]
 
 pub mod core;
+#[path = "../../src/handover/mod.rs"]
+pub mod handover;
+#[path = "../../src/image/mod.rs"]
+pub mod image;
 #[path = "../../src/nbd/mod.rs"]
 pub mod nbd;
+pub mod node;
 #[path = "../../src/pipe.rs"]
 pub mod pipe;
+pub mod store;
 pub mod targets;
 #[path = "../../src/workers.rs"]
 pub mod workers;

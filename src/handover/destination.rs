@@ -5,6 +5,7 @@ use super::{
 };
 use crate::core::ids::Name;
 use crate::core::wire::Refusal;
+use crate::seeded_bugs::{Bug, is_planted};
 
 impl Machine {
     /// The record says [`State::Asking`]: the source is asked.
@@ -45,6 +46,10 @@ impl Machine {
             }
             // An answer to something else, or of a source that contradicts itself.
             Answer::Done(holds) => self.withdraw(from, No::Epoch { asked: epoch, holds }),
+            Answer::Refused(_, why) if is_planted(Bug::RefusalBelieved) => {
+                self.because = Some(why);
+                self.given_back(from)
+            }
             // That it was refused does not tell that it will not be granted: the question may be on its way twice.
             Answer::Refused(_, why) => self.withdraw(from, why),
         }
@@ -68,7 +73,9 @@ impl Machine {
     fn answered_give_back(&mut self, from: Name, was_owner: bool, is_complete: bool, answer: Answer) -> Vec<Output> {
         let epoch = self.held.epoch;
         let why = match answer {
-            Answer::Done(holds) if !was_owner || holds == epoch.next() => return self.given_back(from),
+            Answer::Done(holds) if !was_owner || holds == epoch.next() || is_planted(Bug::GivenBackToAnybody) => {
+                return self.given_back(from);
+            }
             // Something newer holds there than what this site gives back. Either way it owns the volume no more; but what is
             // here may be all that there is of it, and stays.
             Answer::Done(holds) => return self.fence_off(from, holds.max(epoch.next()), false),
@@ -175,7 +182,8 @@ impl Machine {
         // A fence that is shut meanwhile is shut for a volume that is complete by then.
         let epoch = self.held.epoch;
         let owes = Debt { peer: from, what: Owed::Completed, epoch };
-        let mut outputs = self.change(epoch, State::Owned, Some(owes), false);
+        let owes = Some(owes).filter(|_| !is_planted(Bug::DebtForgotten));
+        let mut outputs = self.change(epoch, State::Owned, owes, false);
         outputs.push(Output::Offer);
         if matches!(self.phase, Phase::Filling(..)) {
             // It said so after it was stopped: nothing is lost.

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::seeded_bugs::{Bug, is_planted};
+
 /// Counts the changes of ownership of one volume, across all sites.
 ///
 /// The high half is the term: it grows when a person reclaims a volume whose other side is lost. The low half counts
@@ -30,6 +32,9 @@ impl Epoch {
 
     /// The one after a person's decision: ahead of every hand-over of this term. `salt`: drawn at random.
     pub fn reclaimed(self, salt: u16) -> Epoch {
+        if is_planted(Bug::ReclaimWithinTheTerm) {
+            return self.next().next();
+        }
         match self.term().checked_add(1) {
             Some(term) => Epoch(u64::from(term) << TERM | u64::from(salt) << SALT),
             None => self,

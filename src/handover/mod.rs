@@ -42,6 +42,7 @@ pub use types::{
 };
 
 use crate::core::ids::Name;
+use crate::seeded_bugs::{Bug, is_planted};
 
 /// See the module. Everything in it but [`Machine::held`] is forgotten by a crash.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -257,6 +258,9 @@ impl Machine {
             outputs.push(Output::Bar);
         }
         outputs.push(Output::Journal(row));
+        if is_planted(Bug::AdmitBeforeJournal) && self.held.state.is_owner() {
+            outputs.insert(0, Output::Admit);
+        }
         outputs
     }
 

@@ -4,6 +4,7 @@ use super::{
     Answer, Asker, Debt, Epoch, Facts, Job, Machine, No, Output, Owed, Phase, Question, Reply, State, Ticket, no,
 };
 use crate::core::ids::Name;
+use crate::seeded_bugs::{Bug, is_planted};
 
 impl Machine {
     pub(super) fn asked(
@@ -119,6 +120,9 @@ impl Machine {
                 let mut outputs = self.change(asker.epoch, state, None, false);
                 let answer = Reply::Peer(Answer::Done(asker.epoch));
                 outputs.extend(asker.tickets.into_iter().map(|ticket| Output::Reply(ticket, answer.clone())));
+                if is_planted(Bug::AnswerBeforeJournal) {
+                    outputs.reverse();
+                }
                 outputs
             }
             Err(why) => [self.readmit(), self.refuse_all(asker.tickets, &why)].concat(),
@@ -160,7 +164,8 @@ impl Machine {
             // Never taken. It must not be taken any more: the question may still be on its way on an earlier connection.
             State::Owned if epoch.follows(holds) && matches!(self.phase, Phase::Resting) => {
                 let mut outputs = withdrawn;
-                outputs.extend(self.change(epoch.next(), State::Owned, None, false));
+                let after = if is_planted(Bug::WithdrawalForgotten) { holds } else { epoch.next() };
+                outputs.extend(self.change(after, State::Owned, None, false));
                 outputs.extend(self.readmit());
                 outputs.extend(self.done(ticket));
                 outputs
@@ -318,7 +323,9 @@ impl Machine {
     /// Which way the fence was shut for, and what follows.
     pub(super) fn fenced(&mut self, job: Job, done: Result<(), No>, facts: &Facts) -> Vec<Output> {
         match std::mem::take(&mut self.phase) {
-            Phase::Fencing(at, asker) if at == job => self.fenced_for_peer(asker, done),
+            Phase::Fencing(at, asker) if at == job || is_planted(Bug::StaleFenceBelieved) => {
+                self.fenced_for_peer(asker, done)
+            }
             Phase::Removing(at) if at == job => self.fenced_to_remove(done),
             Phase::GivingUp { job: at, discard } if at == job => self.fenced_to_give_back(discard, facts),
             phase => {

@@ -120,11 +120,8 @@ impl Inventory {
             let asked = tokio::time::timeout(PATIENCE, self.ask_peer(&debt.peer, &name, &question)).await;
             match asked.ok().flatten().map(|answer| (outcome(&debt, &answer), answer)) {
                 Some((Outcome::Settled, _)) => break,
-                Some((Outcome::Overruled(epoch), _)) => {
-                    if self.hears(&name, &debt, epoch) {
-                        break;
-                    }
-                }
+                Some((Outcome::Overruled(epoch), _)) if self.hears(&name, &debt, epoch) => break,
+                Some((Outcome::Overruled(_), _)) => {}
                 Some((Outcome::Again, answer)) => {
                     tracing::warn!(volume = %name, peer = %debt.peer, owed = ?debt.what, ?answer, "a peer is yet to be told");
                 }

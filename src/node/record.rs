@@ -23,7 +23,7 @@ use crate::core::ids::{Incarnation, Name, Nonce};
 use crate::core::manifest::Geometry;
 use crate::handover::{Debt, Generation, Held, Left, Owed, Row};
 use crate::image::{Identity, Mark};
-use crate::store::{State, StateBatch, StateError};
+use crate::store::{State, StateBatch, StateEntry, StateError};
 
 /// A volume as journalled.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -137,6 +137,11 @@ impl VolumeRecord {
     }
 }
 
+/// A row that speaks of another volume than its key would be written anew under that volume's key, over its row.
+pub(super) fn check_key(key: &[u8], name: &Name) -> Result<(), String> {
+    if key == VolumeRecord::key(name) { Ok(()) } else { Err(format!("it speaks of the volume {name}")) }
+}
+
 /// The version of a row, whatever else it has.
 #[derive(Deserialize)]
 struct Version {
@@ -152,43 +157,43 @@ impl Records {
     /// All volumes, by name. One row that cannot be read is an error: a site that forgets a volume might let somebody else write it.
     /// Rows of version 1 are written anew as of version 2, under incarnations that `draw` gives.
     pub fn load(&self, draw: &dyn Fn() -> Incarnation) -> Result<Vec<VolumeRecord>, RecordError> {
+        let rows = self.state.scan_prefix(VOLUMES)?;
+        // Before anything is written: rows of version 1 are renewed one by one, and a crash may come in between.
+        self.check_names(&rows)?;
         let mut records = Vec::new();
-        for (key, row) in self.state.scan_prefix(VOLUMES)? {
+        for (key, row) in rows {
             let unreadable = |why: &dyn ToString| RecordError::unreadable(&key, why.to_string());
             let Version { version } = serde_json::from_slice(&row).map_err(|error| unreadable(&error))?;
             let record = match version {
-                1 => record_v1::renew(&*self.state, &row, draw()).map_err(|error| match error {
+                1 => record_v1::renew(&*self.state, &key, &row, draw()).map_err(|error| match error {
                     record_v1::RenewError::State(error) => error.into(),
                     record_v1::RenewError::Row(error) => unreadable(&error),
                 })?,
-                VERSION => serde_json::from_slice(&row).map_err(|error| unreadable(&error))?,
+                VERSION => {
+                    let record: VolumeRecord = serde_json::from_slice(&row).map_err(|error| unreadable(&error))?;
+                    check_key(&key, &record.name).map_err(|why| unreadable(&why))?;
+                    record
+                }
                 other => return Err(unreadable(&format!("it has version {other}, this program knows {VERSION}"))),
             };
             records.push(record);
         }
-        self.check_names(&records)?;
         Ok(records)
     }
 
     /// Whether the records are all that there are. A database that lost a part of itself begins with the rest, as if nothing had been.
-    fn check_names(&self, records: &[VolumeRecord]) -> Result<(), RecordError> {
-        let there: BTreeSet<Name> = records.iter().map(|record| record.name.clone()).collect();
+    fn check_names(&self, rows: &[StateEntry]) -> Result<(), RecordError> {
+        let mut there = BTreeSet::new();
+        for (key, _) in rows {
+            let name = String::from_utf8_lossy(&key[VOLUMES.len()..]).parse();
+            there.insert(name.map_err(|_| RecordError::unreadable(key, "it names no volume"))?);
+        }
         let noted = self.read_names()?;
         let lost: Vec<String> = match &noted {
             Some(noted) => noted.difference(&there).map(Name::to_string).collect(),
-            // Written with the first record. Without it there is nothing, or all of it is of version 1.
-            None => {
-                let mut is_something_else = false;
-                for prefix in [OWED, LEFT, MARKS.as_bytes(), b"nonce/"] {
-                    is_something_else |= !self.state.scan_prefix(prefix)?.is_empty();
-                }
-                let is_orphaned = there.is_empty() && !self.state.scan_prefix(b"res/")?.is_empty();
-                if is_something_else || is_orphaned {
-                    vec!["of volumes whose names are lost, too".into()]
-                } else {
-                    Vec::new()
-                }
-            }
+            // Written with the first record of version 2. Without it there is nothing, or all of it is of version 1.
+            None if self.has_rows_of_version_2()? => vec!["of volumes whose names are lost, too".into()],
+            None => Vec::new(),
         };
         if !lost.is_empty() {
             let why = format!("records are missing: {}", lost.join(", "));
@@ -201,6 +206,23 @@ impl Records {
         }
         *self.names.lock() = Some(there);
         Ok(())
+    }
+
+    /// Whether there are rows that are written beside, or after, the list of names.
+    fn has_rows_of_version_2(&self) -> Result<bool, RecordError> {
+        for prefix in [OWED, LEFT, MARKS.as_bytes()] {
+            if !self.state.scan_prefix(prefix)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        // Residency by incarnation, not by name.
+        let mut is_there = false;
+        self.state.scan(b"res/", &mut |key, _| {
+            let of = key.get(4..36).and_then(|of| std::str::from_utf8(of).ok());
+            is_there = key.get(36) == Some(&b'/') && of.is_some_and(|of| of.parse::<Incarnation>().is_ok());
+            !is_there
+        })?;
+        Ok(is_there)
     }
 
     fn read_names(&self) -> Result<Option<BTreeSet<Name>>, RecordError> {
@@ -299,7 +321,12 @@ impl Records {
             let text = String::from_utf8_lossy(&key[OWED.len()..]).into_owned();
             let name = text.split('/').next().unwrap_or_default().parse();
             let name = name.map_err(|_| RecordError::unreadable(key, "it names no volume"))?;
-            Ok((name, serde_json::from_slice(row).map_err(|error| RecordError::unreadable(key, error))?))
+            let debt: Debt = serde_json::from_slice(row).map_err(|error| RecordError::unreadable(key, error))?;
+            // Who settles it would leave the row.
+            if *key != debt_key(&name, &debt) {
+                return Err(RecordError::unreadable(key, "it speaks of another debt than its key"));
+            }
+            Ok((name, debt))
         };
         rows.iter().map(parse).collect()
     }
@@ -401,5 +428,7 @@ fn debt_key(name: &Name, debt: &Debt) -> Vec<u8> {
     format!("owed/{name}/{:016x}/{}/{what}", debt.epoch.0, debt.peer).into_bytes()
 }
 
+// By path: the fuzz targets compile this file from elsewhere.
 #[cfg(test)]
+#[path = "record/tests.rs"]
 mod tests;

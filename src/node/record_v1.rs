@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::record::{Pace, VERSION, VolumeRecord, put_record};
+use super::record::{Pace, VERSION, VolumeRecord, check_key, put_record};
 use crate::core::ids::{Incarnation, Name};
 use crate::core::manifest::Geometry;
 use crate::handover::{Came, Debt, Epoch, Generation, Held, Owed, State as HeldState};
@@ -61,8 +61,14 @@ impl From<StateError> for RenewError {
 
 /// Writes a record of version 1 as one of version 2, with the residency that was kept under its name, in one batch. Ids of images
 /// are dropped: they are made anew.
-pub(super) fn renew(state: &dyn State, row: &[u8], incarnation: Incarnation) -> Result<VolumeRecord, RenewError> {
+pub(super) fn renew(
+    state: &dyn State,
+    key: &[u8],
+    row: &[u8],
+    incarnation: Incarnation,
+) -> Result<VolumeRecord, RenewError> {
     let old: RecordV1 = serde_json::from_slice(row).map_err(|error| RenewError::Row(error.to_string()))?;
+    check_key(key, &old.name).map_err(RenewError::Row)?;
     let epoch = Epoch(old.epoch);
     let came = |from: &Name| Some(Came { from: from.clone(), epoch });
     let mut pace = Pace::default();

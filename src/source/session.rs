@@ -227,23 +227,16 @@ async fn requests(session: &Arc<Session>, catalog: &Arc<dyn Catalog>, receivers:
                     Err(why) => return why,
                 }
             }
-            Control::Completed { request, epoch, volume } => {
-                let question = Question::Completed { epoch: Epoch(epoch) };
-                match session.ask(catalog, request, &volume, question) {
-                    Ok(()) => continue,
-                    Err(why) => return why,
-                }
-            }
-            Control::GiveBack { request, epoch, volume } => {
-                let question = Question::GiveBack { epoch: Epoch(epoch) };
-                match session.ask(catalog, request, &volume, question) {
-                    Ok(()) => continue,
-                    Err(why) => return why,
-                }
-            }
-            Control::Reclaimed { request, epoch, volume } => {
-                let question = Question::Reclaimed { epoch: Epoch(epoch) };
-                match session.ask(catalog, request, &volume, question) {
+            Control::Completed { request, epoch, ref volume }
+            | Control::GiveBack { request, epoch, ref volume }
+            | Control::Reclaimed { request, epoch, ref volume } => {
+                let epoch = Epoch(epoch);
+                let question = match frame {
+                    Control::Completed { .. } => Question::Completed { epoch },
+                    Control::GiveBack { .. } => Question::GiveBack { epoch },
+                    _ => Question::Reclaimed { epoch },
+                };
+                match session.ask(catalog, request, volume, question) {
                     Ok(()) => continue,
                     Err(why) => return why,
                 }

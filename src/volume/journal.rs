@@ -384,6 +384,36 @@ mod tests {
         assert!(state.get(b"res/vm2/guest").expect("reads").is_some());
     }
 
+    /// Rows as `docs/formats.md` shows them: their keys and values, byte for byte.
+    #[test]
+    fn rows_are_what_the_document_says() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let geometry = Geometry::new(4 << 16, 1 << 16).expect("a geometry");
+        let image = Arc::new(
+            Image::create(&dir.path().join("d"), 4 << 16, crate::image::Overwrite::OnlyBlank).expect("creates"),
+        );
+        let life = life();
+        let disk = Disk::new(image, Residency::new(geometry), geometry, Arc::clone(&life), false);
+        disk.write(BlockIndex(1), 0, &[7; 1 << 16]).expect("writes");
+        let state: Arc<dyn State> = Arc::new(MemoryState::new());
+        let mut journal = Journal::new(Arc::clone(&state), INCARNATION, life);
+        journal.boot = Some("6b2a4b2e-1f0d-4c8e-9a53-0d5f8a3c7e11".into());
+        let check = |name: &str| {
+            let (key, value) = state.scan_prefix(b"").expect("scans").pop().expect("one row");
+            let line = format!("\n| {name} | `{}` | `{}` |\n", key.escape_ascii(), hex::encode(value));
+            assert!(include_str!("../../docs/formats.md").contains(&line), "docs/formats.md has no row {line}");
+            let mut batch = StateBatch::default();
+            batch.delete(key);
+            state.write_batch(batch, true).expect("deletes");
+        };
+        journal.note_live(&disk, 1..2).expect("notes");
+        check("chunk, not synced");
+        journal.write(&disk.residency().take_dirty()).expect("writes");
+        check("chunk");
+        journal.note_guest().expect("notes");
+        check("a guest wrote");
+    }
+
     #[test]
     fn a_volume_that_is_over_writes_no_rows() {
         let dir = tempfile::tempdir().expect("a folder");

@@ -104,6 +104,7 @@ fn what_another_site_sends_and_what_is_kept() {
     run("data", 4000);
     run("frame", 4000);
     run("residency", 8000);
+    run("records", 4000);
 }
 
 #[test]

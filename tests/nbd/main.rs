@@ -2,7 +2,7 @@
 //! as a library; and the protocol's rules checked on raw sockets with a daemon, on a volume that is complete and on one
 //! that is being relocated. Must not know how anything is done inside.
 
-use blockferry::{core, nbd};
+use blockferry::{core, handover, image, nbd, node, store};
 
 mod client;
 mod commands;

@@ -245,6 +245,7 @@ impl Model {
             if !cell.base.is_empty() && !cell.base.contains(&0) {
                 cell.base.push(0);
             }
+            // Who read it may have read what had come and could not be put into the file.
             cell.seen = None;
         }
     }

@@ -9,6 +9,7 @@ pub(crate) mod drive;
 mod handshake;
 mod input;
 pub(crate) mod judge;
+mod records;
 mod replies;
 mod requests;
 mod session;
@@ -18,6 +19,7 @@ pub mod seeds;
 
 pub use handshake::handshake;
 pub use input::Rng;
+pub use records::records;
 pub use replies::replies;
 pub use requests::requests;
 pub use session::session;
@@ -27,7 +29,7 @@ pub use wire::{control, data, frame, residency};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     ("handshake", handshake),
     ("requests", requests),
     ("replies", replies),
@@ -36,4 +38,5 @@ pub const TARGETS: [Target; 8] = [
     ("data", data),
     ("frame", frame),
     ("residency", residency),
+    ("records", records),
 ];

@@ -33,6 +33,7 @@ pub fn seeds() -> Vec<Seed> {
     ] {
         vectors(document, kind).for_each(|bytes| add(target, bytes));
     }
+    records().for_each(|row| add("records", row));
     seeds
 }
 
@@ -41,6 +42,24 @@ fn vectors<'a>(document: &'a str, heading: &'a str) -> impl Iterator<Item = Vec<
     let rows = document.lines().skip_while(move |line| *line != heading).skip(2);
     let rows = rows.take_while(|line| line.starts_with('|'));
     rows.map(|row| hex::decode(row.split('`').nth(1).expect("bytes in a row")).expect("hexadecimal"))
+}
+
+/// The rows of `docs/formats.md`, and those that version 1 wrote.
+fn records() -> impl Iterator<Item = Vec<u8>> {
+    let document = include_str!("../../../docs/formats.md");
+    let rows = document.lines().skip_while(|line| *line != "| record vector | key | value |").skip(2);
+    let rows = rows.take_while(|line| line.starts_with('|'));
+    let shown = rows.map(|row| {
+        let value = row.split('`').nth_back(1).expect("a value in a row");
+        hex::decode(value).unwrap_or_else(|_| value.as_bytes().to_vec())
+    });
+    let fixture = include_str!("../../../tests/fixtures/state-v1.jsonl").lines();
+    let volumes = fixture.filter_map(|line| {
+        let parts: Vec<&str> = line.split('"').collect();
+        let part = |at: usize| hex::decode(parts[at]).expect("hexadecimal");
+        part(3).starts_with(b"vol/").then(|| part(7))
+    });
+    shown.chain(volumes)
 }
 
 fn noise(rng: &mut Rng, len: usize) -> Vec<u8> {

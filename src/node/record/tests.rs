@@ -63,6 +63,20 @@ fn what_is_owed_and_remembered_outlives_the_volume() {
     assert!(records.debts().expect("reads").is_empty());
 }
 
+/// Settled it would stay, renewed it would be written over another.
+#[test]
+fn a_row_that_speaks_of_something_else_than_its_key_is_an_error() {
+    let state: Arc<dyn State> = Arc::new(MemoryState::new());
+    let records = Records::new(Arc::clone(&state));
+    let row = serde_json::to_vec(&record(HeldState::Owned)).expect("JSON");
+    state.put(b"vol/vm2", &row).expect("puts");
+    let error = records.load(&draw).expect_err("another volume").to_string();
+    assert!(error.contains("vol/vm2") && error.contains("the volume vm1"), "{error}");
+    state.put(b"owed/vm1/0000000000000002/b/completed", br#"{"peer":"a","what":"completed","epoch":2}"#).expect("puts");
+    let error = records.debts().expect_err("another peer").to_string();
+    assert!(error.contains("another debt"), "{error}");
+}
+
 /// What version 1 wrote is read for ever after.
 #[test]
 fn a_row_of_version_1_is_written_anew_with_its_residency() {
@@ -116,7 +130,7 @@ fn a_record_that_is_lost_is_missed() {
     state.put(format!("res/{}/guest", record.incarnation).as_bytes(), b"1").expect("puts");
     again().expect_err("residency of a volume that nobody knows");
     // What was removed is not missed.
-    let left = Some(Left { to: None, epoch: Epoch(4) });
+    let left = Some(Left { to: None, epoch: Epoch(4), known: Default::default() });
     records.save(&record).expect("saves");
     records.change(&record, &Row { held: None, left, owes: None, is_new_content: false }).expect("writes");
     assert!(again().expect("loads").is_empty());

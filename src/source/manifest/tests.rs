@@ -6,6 +6,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use super::rest::TIMESTAMP_GRAIN;
 use super::*;
+use crate::image::Stamp;
 use crate::store::MemoryState;
 
 const INCARNATION: Incarnation = Incarnation([7; 16]);
@@ -460,4 +461,40 @@ fn rows_of_another_incarnation_are_not_seen() {
     assert_eq!(other.roots(PageIndex(0), 1), [RootEntry::Unknown]);
     drop(other);
     assert_eq!(lab.open().hashed_pages(), 3, "and they stay");
+}
+
+/// Rows as `docs/formats.md` shows them: their keys and values, byte for byte.
+#[test]
+fn rows_are_what_the_document_says() {
+    let state = Arc::new(MemoryState::new());
+    let rows = Rows::new("vm".parse().expect("a name"), INCARNATION, Arc::clone(&state) as Arc<dyn State>);
+    let check = |name: &str| {
+        let (key, value) = state.scan_prefix(b"").expect("scans").pop().expect("one row");
+        let value = if value.starts_with(b"{") { String::from_utf8(value).expect("JSON") } else { hex::encode(value) };
+        let line = format!("\n| {name} | `{}` | `{value}` |\n", key.escape_ascii());
+        assert!(include_str!("../../../docs/formats.md").contains(&line), "docs/formats.md has no row {line}");
+        rows.forget().expect("forgets");
+    };
+    let geometry = Geometry::new(57344, 16384).expect("a geometry");
+    let (mtime_ns, ctime_ns) = (1_700_000_000_123_456_789, 1_700_000_000_987_654_321);
+    let stamp = Stamp { device: 2049, inode: 1_048_577, size_bytes: 57344, mtime_ns, ctime_ns };
+    let sealed = rows::Sealed { stamp: Some(stamp.clone()), geometry };
+    rows.put_sealed(&sealed, false).expect("writes");
+    let read = rows.sealed().expect("reads").expect("is there");
+    assert_eq!((read.stamp, read.geometry), (Some(stamp), geometry));
+    check("stamp, a file");
+    rows.put_sealed(&rows::Sealed { stamp: None, geometry }, false).expect("writes");
+    assert!(rows.sealed().expect("reads").expect("is there").stamp.is_none());
+    check("stamp, a device");
+    let page = Page::new(vec![BlockId([0x11; 32]), BlockId::ZERO]);
+    rows.put_page(PageIndex(5), &page).expect("writes");
+    assert_eq!(rows.page_ids().expect("reads"), [(5, page.id())]);
+    assert_eq!(rows.page(PageIndex(5), 2).expect("reads").expect("is there").id(), page.id());
+    check("page of two blocks");
+    rows.put_zero_pages(&[6]).expect("writes");
+    assert_eq!(rows.page_ids().expect("reads"), [(6, PageId([0; 32]))]);
+    check("page of zeros");
+    rows.put_told(0x0102, BlockId([0x11; 32])).expect("writes");
+    assert_eq!(rows.told().expect("reads"), [(0x0102, BlockId([0x11; 32]))]);
+    check("told");
 }
