@@ -221,6 +221,19 @@ impl Model {
         self.cool();
     }
 
+    /// It has moved to another site: what it may hold is what it may have held when it was let go of, and nothing is under way.
+    pub fn moved(&mut self) {
+        let now = self.now();
+        self.reads.clear();
+        for cell in self.hot.values_mut() {
+            cell.base = cell.allowed(now);
+            cell.base.sort_unstable();
+            cell.base.dedup();
+            cell.writes.clear();
+        }
+        self.cool();
+    }
+
     /// What never arrived was given up: it reads as zeros, or as what it was if it did arrive.
     pub fn forget_absent(&mut self) {
         for at in 0..self.base.len() / CELL {

@@ -153,7 +153,8 @@ impl Referee {
             held => held.epoch.term() > now.epoch.term(),
         };
         match released.filter(|_| is_mine || self.was_reclaimed(lineage)) {
-            Some(model) => {
+            Some(mut model) => {
+                model.moved();
                 *part.model.lock() = model;
                 part.lineage.store(lineage, Ordering::Relaxed);
             }
