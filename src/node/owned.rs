@@ -266,6 +266,7 @@ impl Inventory {
     /// was looked at before that would be believed for ever.
     pub(super) fn offer(&self, entry: &Entry) -> Result<(), String> {
         let volume = entry.volume()?;
+        volume.finish();
         // Not one expression: the lock would be held while the source is set.
         let kept = entry.source.lock().as_ref().map(|source| Arc::clone(&source.manifest));
         if let Some(manifest) = kept {

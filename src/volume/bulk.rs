@@ -280,8 +280,9 @@ async fn land_zeros(volume: &Arc<Volume>, page: PageIndex, ids: &Arc<Page>) -> R
 }
 
 impl Volume {
-    /// Every block is here, durably: nothing of the relocation is looked at any more.
-    fn finish(&self) {
+    /// Every block is here, durably, or what is not was given up by a decision that is journalled: nothing of the relocation is looked at
+    /// any more.
+    pub fn finish(&self) {
         self.is_complete.store(true, Ordering::Release);
     }
 

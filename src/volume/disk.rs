@@ -240,6 +240,26 @@ impl Disk {
         Ok(landed_bytes)
     }
 
+    /// Makes the file hold zeros wherever an absent block has nothing of a guest's. The block stays absent. Returns its length.
+    pub(super) fn zero_absent(&self, block: BlockIndex) -> Result<u64, VolumeError> {
+        let _pass = self.life.enter()?;
+        let _turn = self.stripes[block.0 as usize % STRIPES].lock();
+        let (offset, len) = (self.geometry.offset_of(block), self.geometry.len_of(block));
+        let merge = self.residency.lock().merge(block);
+        let ranges = match merge {
+            Merge::Drop => return Ok(0),
+            Merge::Whole => std::iter::once(0..len).collect(),
+            Merge::Ranges(ranges) => ranges,
+        };
+        for range in ranges {
+            let (start, len_bytes) = (offset + u64::from(range.start), u64::from(range.end - range.start));
+            if !self.image.is_hole(start..start + len_bytes)? {
+                self.image.write_zeroes(start, len_bytes, true)?;
+            }
+        }
+        Ok(u64::from(len))
+    }
+
     /// Fills `out` with these bytes of a block whose fetched content is `base` (None: zeros), under what the guest wrote.
     pub(super) fn read_over(
         &self,

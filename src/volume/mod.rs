@@ -278,25 +278,20 @@ impl Volume {
         self.gate.drained().await;
     }
 
-    /// Makes zeros of what never arrived, under what guests wrote, durably: a person gave it up. Returns how many bytes of blocks these
-    /// are. From then on every block is here.
+    /// Makes zeros of what never arrived, under what guests wrote, durably: a person is about to give it up. Returns how many bytes of blocks
+    /// these are. They stay absent: if the decision comes to nothing, they are fetched as before. See [`Volume::finish`].
     pub async fn fill_absent(&self) -> Result<u64, VolumeError> {
         let disk = Arc::clone(&self.disk);
         let filled = self.on_change_lane(move || {
             let (mut from, blocks, mut filled) = (0, disk.geometry.blocks(), 0);
             while let Some(block) = disk.bits().first_absent(from..blocks) {
-                // Some at a time: guests' writes get their turn.
-                let end = (block.0 + FILLED_AT_ONCE_BLOCKS).min(blocks);
-                let absent: Vec<BlockIndex> =
-                    (block.0..end).map(BlockIndex).filter(|block| !disk.bits().is_resident(*block)).collect();
-                filled += disk.land_zeros(&absent)?;
-                from = end;
+                filled += disk.zero_absent(block)?;
+                from = block.0 + 1;
             }
             Ok(filled)
         });
         let filled = filled.await?;
         self.flush().await?;
-        self.is_complete.store(true, Ordering::Release);
         Ok(filled)
     }
 
@@ -905,9 +900,6 @@ fn zero(disk: &Disk, range: &Range<u64>, may_punch: bool) -> Result<(), ImageErr
     }
     Ok(())
 }
-
-/// Blocks that are given up at a time.
-const FILLED_AT_ONCE_BLOCKS: u64 = 256;
 
 /// Blocks that are zeroed at a time.
 const ZEROED_AT_ONCE_BLOCKS: u64 = 1024;

@@ -98,8 +98,11 @@ pub(super) async fn read_mixed(
         match demand(volume, block).await {
             Ok(fetched) => Ok(Some((block, fetched))),
             // It came another way meanwhile: by the guest's own write, or with the last of bulk, after which the source
-            // is let go.
-            Err(_) if volume.disk.is_readable(block, volume.disk.within(block, offset, u64::from(len_bytes))) => {
+            // is let go; or it was given up.
+            Err(_)
+                if volume.is_complete()
+                    || volume.disk.is_readable(block, volume.disk.within(block, offset, u64::from(len_bytes))) =>
+            {
                 Ok(None)
             }
             Err(error) => Err(error),
@@ -137,7 +140,7 @@ pub(super) async fn read_mixed(
 /// Fetches a block and puts it into the file before it returns.
 pub(super) async fn make_resident(volume: &Volume, block: BlockIndex) -> Result<(), VolumeError> {
     let fetched = match demand(volume, block).await {
-        Err(_) if volume.disk.bits().is_resident(block) => return Ok(()),
+        Err(_) if volume.is_complete() || volume.disk.bits().is_resident(block) => return Ok(()),
         fetched => fetched?,
     };
     let (disk, stats) = (Arc::clone(&volume.disk), Arc::clone(&volume.stats));

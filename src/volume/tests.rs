@@ -493,7 +493,8 @@ async fn an_image_that_changes_at_the_source_fails_visibly() {
     // A block whose like is nowhere else: another one would come from the store, as what was announced.
     let path = sites.dir.path().join("source.raw");
     let file = std::fs::File::options().write(true).open(path).expect("opens");
-    std::os::unix::fs::FileExt::write_all_at(&file, &[0x11; 4096], 10 * BLOCK).expect("writes behind the daemon's back");
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0x11; 4096], 10 * BLOCK)
+        .expect("writes behind the daemon's back");
     let error = volume.read(10 * BLOCK, 4096).await.expect_err("never wrong bytes");
     assert!(error.to_string().contains("changed"), "{error}");
     let relocation = volume.relocation().expect("relocating");
