@@ -8,6 +8,8 @@
 pub mod core;
 #[path = "../../src/handover/mod.rs"]
 pub mod handover;
+#[path = "../../src/seeded_bugs.rs"]
+pub mod seeded_bugs;
 #[path = "../../src/image/mod.rs"]
 pub mod image;
 #[path = "../../src/nbd/mod.rs"]

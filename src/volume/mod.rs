@@ -424,6 +424,8 @@ impl Volume {
         if !is_complete {
             self.fill_torn_edges(&range).await?;
         }
+        // What never arrived may have been given up meanwhile: there are no edges any more.
+        let is_complete = is_complete || self.is_complete();
         let (change, disk) = (self.change(admitted, range), Arc::clone(&self.disk));
         let fua = fua && !is_planted(Bug::FuaWithoutFlush);
         self.run_change(change, fua, move || put(&disk, is_complete, offset, &data).map(|()| true)).await.map(drop)
@@ -501,6 +503,8 @@ impl Volume {
         if !is_complete {
             self.fill_torn_edges(&range).await?;
         }
+        // What never arrived may have been given up meanwhile: there are no edges any more.
+        let is_complete = is_complete || self.is_complete();
         let (change, disk) = (self.change(admitted, range.clone()), Arc::clone(&self.disk));
         let work = move || {
             let zeroed = if is_complete {
