@@ -281,8 +281,9 @@ async fn land_zeros(volume: &Arc<Volume>, page: PageIndex, ids: &Arc<Page>) -> R
 
 impl Volume {
     /// Every block is here, durably, or what is not was given up by a decision that is journalled: nothing of the relocation is looked at
-    /// any more.
+    /// any more. Guests' writes go past the residency from then on: a landing that came after one of them would undo it.
     pub fn finish(&self) {
+        self.disk.give_up_absent();
         self.is_complete.store(true, Ordering::Release);
     }
 

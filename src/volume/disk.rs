@@ -240,6 +240,17 @@ impl Disk {
         Ok(landed_bytes)
     }
 
+    /// From now on the file is right as it is: what is on its way into an absent block comes too late. Returns when what has begun has ended.
+    pub(super) fn give_up_absent(&self) {
+        let (mut from, blocks) = (0, self.geometry.blocks());
+        while let Some(block) = self.bits.first_absent(from..blocks) {
+            // A landing looks and writes in one turn: it has either ended by now, or finds the block resident.
+            let _turn = self.stripes[block.0 as usize % STRIPES].lock();
+            self.residency.lock().record_fetched(block);
+            from = block.0 + 1;
+        }
+    }
+
     /// Makes the file hold zeros wherever an absent block has nothing of a guest's. The block stays absent. Returns its length.
     pub(super) fn zero_absent(&self, block: BlockIndex) -> Result<u64, VolumeError> {
         let _pass = self.life.enter()?;

@@ -446,6 +446,30 @@ async fn leftovers_of_a_crash_never_show_through_a_zero_block() {
     assert_eq!(volume.read(4 * BLOCK, 512).await.expect("reads"), vec![0; 512], "what was read once stays");
 }
 
+/// A person gave up what never arrived; a block that was asked for before was on its way to the file all the time.
+#[tokio::test]
+async fn a_block_that_lands_after_it_was_given_up_does_not_undo_a_guests_write() {
+    let sites = Sites::new();
+    let volume = sites.volume(true, None);
+    volume.unfence();
+    let kept = vec![5; 512];
+    volume.write(BLOCK, kept.clone().into(), false).await.expect("writes a part of a block");
+    volume.fill_absent().await.expect("fills");
+    volume.finish();
+    let written = vec![9; BLOCK as usize];
+    volume.write(2 * BLOCK, written.clone().into(), false).await.expect("writes");
+    for block in [1, 2, 3] {
+        let first = (block * BLOCK) as usize;
+        let landed = volume.disk.land(BlockIndex(block), &sites.content[first..first + BLOCK as usize]);
+        assert!(!landed.expect("comes too late"), "block {block}");
+    }
+    volume.disk.land_zeros(&[BlockIndex(2), BlockIndex(4)]).expect("come too late");
+    let mut expected = vec![0; sites.content.len()];
+    expected[BLOCK as usize..][..512].copy_from_slice(&kept);
+    expected[2 * BLOCK as usize..][..BLOCK as usize].copy_from_slice(&written);
+    assert!(all_of(&volume).await == expected);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fence_ends_writes_and_flushes_go_on() {
     let sites = Sites::new();
