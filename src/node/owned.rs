@@ -209,7 +209,14 @@ impl Inventory {
             self.records.note_mark(record.incarnation, Some(&mark)).map_err(|error| error.to_string())
         });
         match noted {
-            Ok(()) => entry.is_marked.store(true, Ordering::Release),
+            Ok(()) => {
+                entry.is_marked.store(true, Ordering::Release);
+                // Whoever wrote since the look at it did not see that there is a mark: it may not fit.
+                let still_rests = entry.source.lock().as_ref().is_some_and(|source| source.manifest.is_sealed());
+                if !still_rests && let Err(error) = self.records.note_mark(record.incarnation, None) {
+                    tracing::warn!(volume = %entry.name, %error, "a mark that may not fit could not be taken back");
+                }
+            }
             Err(why) => tracing::warn!(volume = %entry.name, why, "what the image holds could not be noted"),
         }
     }

@@ -253,6 +253,11 @@ impl Manifest {
         Ok(is_kept)
     }
 
+    /// Whether it rests: no guest of this site has written since it was opened or sealed.
+    pub fn is_sealed(&self) -> bool {
+        self.is_sealed.load(Ordering::Acquire)
+    }
+
     /// A guest of this site is about to write a range: called before the bytes change, and again after, since a hash that
     /// ran in between may have seen half of it.
     pub fn note_write(&self, bytes: Range<u64>) -> Result<(), SourceError> {

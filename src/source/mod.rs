@@ -79,6 +79,12 @@ pub enum SourceError {
         /// Which block, and how that is known.
         what: String,
     },
+    /// A guest wrote to it while it was being released: the hand-over was withdrawn meanwhile.
+    #[error("volume {volume} was written while it was being handed over; ask for it again")]
+    Written {
+        /// Which.
+        volume: Name,
+    },
     /// The volume was removed, or is served anew.
     #[error("volume {volume} is not served as it was opened any more; open it again")]
     Gone {
@@ -117,6 +123,7 @@ impl SourceError {
         match self {
             SourceError::Image(ImageError::Shorter { .. }) | SourceError::Changed { .. } => Refusal::ImageChanged,
             SourceError::Image(_) => Refusal::ReadFailed,
+            SourceError::Written { .. } => Refusal::Busy,
             SourceError::Gone { .. } => Refusal::UnknownVolume,
             SourceError::State { .. } => Refusal::Internal,
         }

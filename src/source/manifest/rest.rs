@@ -129,6 +129,10 @@ impl Manifest {
             .collect();
         self.rows.put_zero_pages(&zeros)?;
         let mut seal = self.seal.lock();
+        // Whoever asked for it may have gone meanwhile, and guests were let in again: what they wrote is not sealed.
+        if !self.is_sealed.load(Ordering::Acquire) {
+            return Err(SourceError::Written { volume: self.volume.clone() });
+        }
         let mut told = self.told.lock();
         // Of an earlier release.
         let old: Vec<u64> = self.rows.told()?.into_iter().map(|(block, _)| block).collect();
@@ -144,21 +148,25 @@ impl Manifest {
 
     /// The image is this site's own again, as it was.
     pub fn take_back(&self) -> Result<(), SourceError> {
-        let mut seal = self.seal.lock();
+        self.take_back_sealed(&mut self.seal.lock())
+    }
+
+    fn take_back_sealed(&self, seal: &mut Seal) -> Result<(), SourceError> {
         if !self.is_released.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
         *self.told.lock() = Told::default();
         if self.is_suspect.swap(false, Ordering::AcqRel) {
-            self.forget_all(&mut seal)?;
+            self.forget_all(seal)?;
         }
         Ok(())
     }
 
     /// Before a guest's first write since the image rested. Durable: the image's times may reach the disk after its bytes.
     pub(super) fn unseal(&self) -> Result<(), SourceError> {
-        self.take_back()?;
+        // One lock for all of it: a release that is withdrawn may still be under way.
         let mut seal = self.seal.lock();
+        self.take_back_sealed(&mut seal)?;
         if seal.is_row_written {
             self.rows.delete_sealed()?;
             seal.is_row_written = false;

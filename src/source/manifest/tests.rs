@@ -7,7 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use super::rest::TIMESTAMP_GRAIN;
 use super::*;
 use crate::image::Stamp;
-use crate::store::MemoryState;
+use crate::store::{MemoryState, StateBatch, StateError};
 
 const INCARNATION: Incarnation = Incarnation([7; 16]);
 
@@ -430,6 +430,64 @@ fn what_comes_back_and_is_written_is_announced_anew() {
     manifest.image.sync_data().expect("syncs");
     manifest.release().expect("releases again");
     assert_eq!(serve(&manifest, 2), Ok(BlockId::of(&[7; BLOCK as usize])));
+}
+
+/// A state in which something happens just before a batch is written.
+struct Interrupted {
+    state: Arc<MemoryState>,
+    before_write: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl State for Interrupted {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
+        self.state.get(key)
+    }
+    fn multi_get(&self, keys: &[&[u8]]) -> Result<Vec<Option<Vec<u8>>>, StateError> {
+        self.state.multi_get(keys)
+    }
+    fn scan(&self, prefix: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), StateError> {
+        self.state.scan(prefix, visit)
+    }
+    fn write_batch(&self, batch: StateBatch, sync: bool) -> Result<(), StateError> {
+        let happens = self.before_write.lock().take();
+        if let Some(happens) = happens {
+            happens();
+        }
+        self.state.write_batch(batch, sync)
+    }
+    fn sync(&self) -> Result<(), StateError> {
+        self.state.sync()
+    }
+}
+
+/// The hand-over is withdrawn while its release is under way, and a guest that is let in again writes.
+#[test]
+fn a_release_that_a_guest_overtook_releases_nothing_and_the_next_one_announces_what_is_there() {
+    let lab = Lab::new();
+    let state = Arc::new(Interrupted { state: Arc::clone(&lab.state), before_write: Mutex::default() });
+    let image = Arc::new(Image::open_write(&lab.path()).expect("opens"));
+    let geometry = Geometry::new(SIZE, BLOCK).expect("a geometry");
+    let kept = Arc::clone(&state) as Arc<dyn State>;
+    let name = "vm".parse().expect("a name");
+    let manifest = Arc::new(Manifest::open(name, INCARNATION, image, geometry, kept, false).expect("opens"));
+    hash_all(&manifest);
+    let guest = Arc::clone(&manifest);
+    *state.before_write.lock() = Some(Box::new(move || write(&guest, 2 * BLOCK, &[7; BLOCK as usize])));
+    assert!(matches!(manifest.release(), Err(SourceError::Written { .. })));
+    assert!(!manifest.is_released() && !manifest.is_sealed());
+    // The guest goes on, and the next hand-over comes about.
+    write(&manifest, 3 * BLOCK, &[8; BLOCK as usize]);
+    manifest.image.sync_data().expect("syncs");
+    manifest.release().expect("releases");
+    drop(manifest);
+    let lab = Lab { is_released: true, ..lab };
+    let manifest = Arc::new(lab.open());
+    let page = manifest.page(PageIndex(0)).expect("hashes");
+    for (block, byte) in [(2, 7), (3, 8), (4, 1)] {
+        let id = BlockId::of(&[byte; BLOCK as usize]);
+        assert_eq!(page.id_of(BlockIndex(block)), Some(id), "block {block} as it is announced after a restart");
+        assert_eq!(serve(&manifest, block), Ok(id));
+    }
 }
 
 #[test]
