@@ -14,12 +14,12 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::BytesMut;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 pub use backend::Backend;
@@ -49,7 +49,8 @@ pub struct Image {
     /// The last: the file is closed before it is free for others.
     _claim: Option<Claim>,
     /// A sync failed: the kernel has dropped what it could not write, and tells so once.
-    has_sync_failed: AtomicBool,
+    /// Whether a sync failed. Held while one runs.
+    syncing: Mutex<bool>,
 }
 
 /// What tells whether a file is still the one that was hashed: any write through the kernel changes one of these.
@@ -92,7 +93,7 @@ impl Image {
             read_only_why,
             made_at: None,
             _claim: None,
-            has_sync_failed: AtomicBool::new(false),
+            syncing: Mutex::new(false),
         }
     }
 
@@ -277,12 +278,14 @@ impl Image {
     /// Waits until everything that was written is durable (fdatasync). Once it has failed it fails for good: the kernel drops what it could
     /// not write, and tells that to one caller only; the next call would succeed without it.
     pub fn sync_data(&self) -> Result<(), ImageError> {
-        if self.has_sync_failed.load(Ordering::Acquire) {
+        // One at a time: of two that wait for the same bytes the kernel tells one alone that they are lost.
+        let mut has_failed = self.syncing.lock();
+        if *has_failed {
             let lost = std::io::Error::other("an earlier sync failed, and what it was to write may be lost");
             return Err(self.io("syncing", 0, lost));
         }
         self.file.sync_data().map_err(|error| {
-            self.has_sync_failed.store(!is_planted(Bug::FailedSyncForgotten), Ordering::Release);
+            *has_failed = !is_planted(Bug::FailedSyncForgotten);
             self.io("syncing", 0, error)
         })
     }

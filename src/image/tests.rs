@@ -316,3 +316,60 @@ fn a_sync_that_failed_for_one_fails_for_all() {
     let error = image.sync_data().expect_err("what was lost stays lost").to_string();
     assert!(error.contains("earlier sync failed"), "{error}");
 }
+
+/// A disk that loses what two wait for, and tells one of them, as the kernel does.
+#[derive(Debug, Default)]
+struct TellsOne {
+    within: std::sync::atomic::AtomicU32,
+    told: std::sync::atomic::AtomicBool,
+}
+
+impl Backend for TellsOne {
+    fn read_at(&self, _: &mut [u8], _: u64) -> std::io::Result<usize> {
+        Ok(0)
+    }
+    fn read_cached_at(&self, _: &mut [u8], _: u64) -> Option<std::io::Result<()>> {
+        None
+    }
+    fn write_at(&self, _: &[u8], _: u64) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn sync_data(&self) -> std::io::Result<()> {
+        use std::sync::atomic::Ordering::SeqCst;
+        self.within.fetch_add(1, SeqCst);
+        // For the other one, who may come; not for ever.
+        for _ in 0..200 {
+            if self.within.load(SeqCst) == 2 {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        match self.told.swap(true, SeqCst) {
+            true => Ok(()),
+            false => Err(std::io::Error::from_raw_os_error(nix::libc::EIO)),
+        }
+    }
+    fn next_data(&self, _: u64) -> std::io::Result<Option<std::ops::Range<u64>>> {
+        Ok(None)
+    }
+    fn stamp(&self) -> std::io::Result<Stamp> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+    fn allocated_bytes(&self) -> std::io::Result<u64> {
+        Ok(0)
+    }
+}
+
+#[test]
+fn of_two_syncs_at_once_that_fail_both_fail() {
+    let image = Image::over(Box::new(TellsOne::default()), Path::new("disk"), 1 << 20, true);
+    std::thread::scope(|scope| {
+        let (one, other) = (scope.spawn(|| image.sync_data()), scope.spawn(|| image.sync_data()));
+        for synced in [one, other] {
+            synced.join().expect("does not panic").expect_err("what it waited for is lost");
+        }
+    });
+}
