@@ -89,7 +89,14 @@ fn turn(job: Result<Job, ()>, background: &mut Background) {
                 let _ = reply.send(volume.manifest.page(page));
             }
         }
-        Ok(Job::Background(volume)) => background.push((volume, PageIndex(0))),
+        Ok(Job::Background(volume)) => {
+            // A peer that opens it again and again neither makes more work of it nor keeps it from being done.
+            match background.iter_mut().find(|(kept, _)| kept.ptr_eq(&volume)) {
+                Some((_, from)) => *from = PageIndex(0),
+                None => background.push((volume, PageIndex(0))),
+            }
+            step(background);
+        }
         Err(()) => step(background),
     }
 }
