@@ -85,6 +85,10 @@ impl Export for VolumeExport {
         self.volume.is_read_only()
     }
 
+    fn withdrawn(&self) -> Option<BoxFuture<'static, ()>> {
+        Some(Box::pin(self.volume.closing()))
+    }
+
     fn description(&self) -> String {
         format!("blockferry volume {}", self.volume.name())
     }

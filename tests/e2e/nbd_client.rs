@@ -133,6 +133,15 @@ impl NbdClient {
         }
     }
 
+    /// Returns when the server has hung up, of its own accord.
+    #[track_caller]
+    pub fn wait_for_hang_up(&mut self) {
+        match self.answers.recv_timeout(PATIENCE) {
+            Err(RecvTimeoutError::Disconnected) => {}
+            other => panic!("the server has not hung up: {other:?}"),
+        }
+    }
+
     #[track_caller]
     pub fn wait(&mut self, cookie: Cookie) -> Outcome {
         self.wait_for(cookie, PATIENCE).unwrap_or_else(|| panic!("no answer to {cookie:?} within {PATIENCE:?}"))

@@ -206,3 +206,19 @@ fn a_second_instance_with_a_copied_state_is_turned_away() {
         pair.b.nbd("vm").try_write(0, &disk.bytes[..512]).map_err(|e| e.to_string())
     });
 }
+
+#[test]
+fn who_uses_a_volume_that_is_given_up_is_hung_up_on() {
+    let pair = Pair::start(link(200, 4));
+    let disk = Disk::mixed(163, 40, 512);
+    pair.add("vm", &disk);
+    let destination = pair.relocate("vm", &["--wait"]);
+    let mut idle = pair.b.nbd("vm");
+    assert_same("a read", &idle.read(0, BLOCK), &disk.bytes[..BLOCK]);
+    pair.b.ok(&["cancel", "vm"]);
+    idle.wait_for_hang_up();
+    assert!(!destination.exists());
+    // Nobody holds the name, or the file, any more.
+    pair.relocate("vm", &["--wait"]);
+    assert_same("it came again", &pair.b.nbd("vm").read_all(), &disk.bytes);
+}
