@@ -251,9 +251,7 @@ impl Records {
 
     /// Writes a record, durably.
     pub fn save(&self, record: &VolumeRecord) -> Result<(), RecordError> {
-        let mut batch = StateBatch::default();
-        put_record(&mut batch, record)?;
-        self.write_named(batch, &record.name, true)
+        self.begin(record, None)
     }
 
     /// Writes a record and what is owed since, durably.
@@ -263,7 +261,7 @@ impl Records {
         if let Some(debt) = owes {
             put_debt(&mut batch, &record.name, debt)?;
         }
-        Ok(self.state.write_batch(batch, true)?)
+        self.write_named(batch, &record.name, true)
     }
 
     /// Writes what is remembered of a volume that is not here, and what is owed since, durably.

@@ -43,6 +43,17 @@ fn records_survive_and_damage_is_an_error() {
 }
 
 #[test]
+fn a_relocation_that_is_asked_for_is_missed_if_its_record_is_lost() {
+    let state: Arc<dyn State> = Arc::new(MemoryState::new());
+    let records = Records::new(Arc::clone(&state));
+    let asking = record(HeldState::Asking { from: name("a") });
+    records.begin(&asking, None).expect("writes");
+    state.delete(b"vol/vm1").expect("loses it");
+    let error = Records::new(state).load(&draw).expect_err("the source may have let go for it").to_string();
+    assert!(error.contains("vm1"), "{error}");
+}
+
+#[test]
 fn what_is_owed_and_remembered_outlives_the_volume() {
     let state: Arc<dyn State> = Arc::new(MemoryState::new());
     let records = Records::new(Arc::clone(&state));
