@@ -213,7 +213,8 @@ impl Entry {
         let marking = Arc::clone(&node);
         let rested = node.run_apart(move || {
             source.manifest.release()?;
-            marking.mark(&entry);
+            // Whoever asked may be gone, and guests be let in again.
+            marking.mark(&entry, || source.manifest.is_sealed());
             Ok::<(), SourceError>(())
         });
         let rested = rested.await.map_err(|error| No::Failed(Refusal::Internal, error))?;

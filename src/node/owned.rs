@@ -13,9 +13,18 @@ use crate::control::{AddVolume, ApiError, ErrorKind};
 use crate::core::ids::{Incarnation, Name};
 use crate::core::manifest::Geometry;
 use crate::handover::{Epoch, Generation, Held, Machine, State, Verb};
-use crate::image::{Image, ImageError, Mark, Noted, Unlinked, Verdict, WhyNot};
+use crate::image::{Identity, Image, ImageError, Mark, Noted, Sameness, Unlinked, Verdict, WhyNot};
 use crate::source::{Manifest, SourceError, SourceVolume};
 use crate::volume::{Volume, WriteObserver};
+
+/// What an image holds that is the one that it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    /// As far as was noted, what it held.
+    AsNoted,
+    /// Something else: somebody wrote it while this site did not have it open.
+    Another,
+}
 
 /// Told of every write to a volume all of which is here: its ids are forgotten, and what it held at rest.
 struct Observer {
@@ -111,7 +120,8 @@ impl Inventory {
         };
         let entry = self.make_complete(record.clone(), image).map_err(|error| format!("{error:#}"))?;
         self.records.save(&record).map_err(|error| error.to_string())?;
-        self.mark(&entry);
+        // Nobody has it yet.
+        self.mark(&entry, || true);
         if let Some(why) = self.is_read_only(&entry) {
             tracing::warn!(volume = %record.name, why, "the volume is read-only");
         }
@@ -160,17 +170,21 @@ impl Inventory {
             self.records.note_mark(entry.record().incarnation, None)?;
             return Ok(entry);
         }
-        let image = self.open_known(&mut record)?;
+        let (image, content) = self.open_known(&mut record)?;
         let is_marked = self.records.mark(record.incarnation)?.is_some();
         let entry = self.make_complete(record, image)?;
+        if let (Content::Another, Some(source)) = (content, &*entry.source.lock()) {
+            source.manifest.suspect();
+        }
         entry.is_marked.store(is_marked, Ordering::Release);
         Ok(entry)
     }
 
     /// The image of a record, which must be the one that it was. Blocking.
-    pub(super) fn open_known(&self, record: &mut VolumeRecord) -> anyhow::Result<Image> {
+    pub(super) fn open_known(&self, record: &mut VolumeRecord) -> anyhow::Result<(Image, Content)> {
         let outside = self.outside().ok_or_else(|| anyhow::anyhow!("the site is shutting down"))?;
         let image = outside.open_image(record)?;
+        let mut content = Content::AsNoted;
         if let Some(identity) = &record.noted {
             let noted = Noted { identity: identity.clone(), mark: self.records.mark(record.incarnation)? };
             match image.recognise(&noted) {
@@ -181,10 +195,20 @@ impl Inventory {
                     if record.held.state.is_complete() =>
                 {
                     tracing::warn!(volume = %record.name, image = %record.image.display(), "the image was written by somebody else while this site did not have it open");
-                    self.records.note_mark(record.incarnation, None)?;
+                    content = Content::Another;
+                    // What was announced of a released image stays so; that it is another is to be seen at every start.
+                    if record.held.state.is_owner() {
+                        self.records.note_mark(record.incarnation, None)?;
+                    }
                 }
                 Err(error) => return Err(error.into()),
+                // Samples tell other content, not this one: disks that were made of one template may agree in all of them.
+                Ok(Verdict::SameContent(why)) if !record.held.state.is_complete() => {
+                    let path = record.image.clone();
+                    return Err(ImageError::NotTheSame { path, why: WhyNot::Unproven(why) }.into());
+                }
                 Ok(Verdict::SameContent(why)) => {
+                    self.refuse_image_of_another(record, &image)?;
                     tracing::warn!(volume = %record.name, image = %record.image.display(), why, "the image was moved or copied; it holds what it held");
                 }
             }
@@ -194,11 +218,26 @@ impl Inventory {
             record.noted = Some(identity);
             self.records.save(record)?;
         }
-        Ok(image)
+        Ok((image, content))
     }
 
-    /// Notes what an image holds that rests, so that another one in its place is noticed. Blocking.
-    pub(super) fn mark(&self, entry: &Entry) {
+    /// What lies at a volume's path must not be what another volume's record speaks of.
+    fn refuse_image_of_another(&self, record: &VolumeRecord, image: &Image) -> anyhow::Result<()> {
+        let now = image.identity()?;
+        for other in self.records.load(&|| Incarnation(self.draw()))? {
+            let is_its = |noted: &Identity| matches!(noted.is_same_thing(&now), Sameness::Same);
+            if other.name != record.name && other.noted.as_ref().is_some_and(is_its) {
+                let path = record.image.clone();
+                let why = WhyNot::Another(format!("it is the image of volume {}", other.name));
+                return Err(ImageError::NotTheSame { path, why }.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes what an image holds that rests, so that another one in its place is noticed; unless, as is asked in the end, it rests no more.
+    /// Blocking.
+    pub(super) fn mark(&self, entry: &Entry, still_rests: impl FnOnce() -> bool) {
         let Ok(volume) = entry.volume() else { return };
         let record = entry.record();
         // What is not synced may be gone after a power loss, and the mark would not fit.
@@ -211,9 +250,10 @@ impl Inventory {
         match noted {
             Ok(()) => {
                 entry.is_marked.store(true, Ordering::Release);
-                // Whoever wrote since the look at it did not see that there is a mark: it may not fit.
-                let still_rests = entry.source.lock().as_ref().is_some_and(|source| source.manifest.is_sealed());
-                if !still_rests && let Err(error) = self.records.note_mark(record.incarnation, None) {
+                // Whoever wrote since the look at it did not see that there is a mark.
+                if !still_rests()
+                    && let Err(error) = self.records.note_mark(record.incarnation, None)
+                {
                     tracing::warn!(volume = %entry.name, %error, "a mark that may not fit could not be taken back");
                 }
             }

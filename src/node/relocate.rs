@@ -180,7 +180,7 @@ impl Inventory {
             anyhow::bail!("not a relocation under way");
         };
         let from = from.clone();
-        let image = self.open_known(&mut record)?;
+        let (image, _) = self.open_known(&mut record)?;
         let volume = Volume::relocating(self.parts(&record, image), false)?;
         let dialled = self.outside().and_then(|outside| outside.dial(&from));
         let peer = dialled.ok_or_else(|| {

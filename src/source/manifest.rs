@@ -202,11 +202,12 @@ impl Manifest {
             return self.hash_released(page);
         }
         let state = &self.pages[page.0 as usize];
+        let written_at = self.written_at[page.0 as usize].load(Ordering::Acquire);
         let before = state.swap(HASHING, Ordering::AcqRel);
         let kept = self.hash_blocks(page).and_then(|hashed| {
             // An owner's image that somebody changed meanwhile: all pages are unknown by now, this one included.
             self.look()?;
-            let is_kept = self.keep(page, &hashed, HASHING)?;
+            let is_kept = self.keep(page, &hashed, written_at)?;
             Ok((hashed, is_kept))
         });
         match kept {
@@ -228,15 +229,17 @@ impl Manifest {
         }
     }
 
-    /// Writes a page's row, and then, if its state is still `expected`, makes it known. Returns whether it is.
-    fn keep(&self, page: PageIndex, hashed: &Page, expected: u8) -> Result<bool, SourceError> {
+    /// Writes a page's row, and then makes it known, unless somebody has written since: `written_at` is from before it was read. That it is
+    /// being hashed does not tell: another may have begun anew since. Returns whether it is known.
+    fn keep(&self, page: PageIndex, hashed: &Page, written_at: u64) -> Result<bool, SourceError> {
         let state = &self.pages[page.0 as usize];
         let id = hashed.id();
         let after = if hashed.is_zero() { ZERO } else { KNOWN };
         // Under the lock: a write that is noted from here on finds its place in `stale` behind this row, so that no row can come after
         // the seal that should have dropped it.
         let mut seal = self.seal.lock();
-        if state.load(Ordering::Acquire) != expected {
+        let is_as_read = || self.written_at[page.0 as usize].load(Ordering::Acquire) == written_at;
+        if state.load(Ordering::Acquire) != HASHING || !is_as_read() {
             return Ok(false);
         }
         let is_kept = self.settle_told(page, hashed, || {
@@ -245,7 +248,7 @@ impl Manifest {
             if after == KNOWN {
                 self.ids.lock().insert(page.0, id);
             }
-            Ok(state.compare_exchange(expected, after, Ordering::AcqRel, Ordering::Relaxed).is_ok())
+            Ok(state.compare_exchange(HASHING, after, Ordering::AcqRel, Ordering::Relaxed).is_ok())
         })?;
         if is_kept {
             seal.stale.remove(&page.0);

@@ -232,3 +232,24 @@ fn lock(file: &File) {
     let locked = unsafe { nix::libc::flock(file.as_raw_fd(), nix::libc::LOCK_EX | nix::libc::LOCK_NB) };
     assert_eq!(locked, 0, "nobody else has it");
 }
+
+#[test]
+fn a_half_arrived_image_that_somebody_wrote_meanwhile_is_not_served() {
+    let mut pair = Pair::start(link(200, 4));
+    let disk = Disk::mixed(78, 60, 512);
+    pair.add("vm", &disk);
+    let destination = pair.relocate("vm", &["--no-bulk"]);
+    assert_same("a block that came", &pair.b.nbd("vm").read(0, BLOCK), &disk.bytes[..BLOCK]);
+    pair.b.stop();
+    // In place: it is the same file.
+    let file = File::options().write(true).open(&destination).expect("opens");
+    file.write_all_at(&noise(4096, 79), 0).expect("writes");
+    pair.b.start();
+    let status = pair.b.status("vm");
+    assert_eq!(status["phase"], "failed", "{status}");
+    let reason = status["phase_reason"].as_str().expect("a reason");
+    assert!(reason.contains("content"), "{reason}");
+    // What is not damaged goes on: it is the source's again.
+    pair.b.ok(&["cancel", "vm"]);
+    assert_same("the disk at its source", &pair.a.nbd("vm").read_all(), &disk.bytes);
+}

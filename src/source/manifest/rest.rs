@@ -176,6 +176,14 @@ impl Manifest {
         Ok(())
     }
 
+    /// Somebody is known to have changed the image: of a released one only what was announced is served, where it is still that.
+    pub fn suspect(&self) {
+        let _seal = self.seal.lock();
+        if self.is_released() {
+            self.is_suspect.store(true, Ordering::Release);
+        }
+    }
+
     /// Looks at what hints at a change, and draws the consequence; see the module. Not an error: a changed block is one.
     pub fn look(&self) -> Result<(), SourceError> {
         if !self.is_sealed.load(Ordering::Acquire) || self.is_suspect.load(Ordering::Acquire) {
@@ -288,13 +296,14 @@ impl Manifest {
         if self.is_suspect.load(Ordering::Acquire) {
             return Err(self.changed(first, NOT_KNOWN));
         }
+        let written_at = self.written_at[page.0 as usize].load(Ordering::Acquire);
         state.store(HASHING, Ordering::Release);
         let hashed = self.hash_blocks(page).and_then(|hashed| {
             self.look()?;
             if self.is_suspect.load(Ordering::Acquire) {
                 return Err(self.changed(first, NOT_KNOWN));
             }
-            self.keep(page, &hashed, HASHING)?;
+            self.keep(page, &hashed, written_at)?;
             Ok(hashed)
         });
         match &hashed {

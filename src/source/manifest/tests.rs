@@ -490,6 +490,43 @@ fn a_release_that_a_guest_overtook_releases_nothing_and_the_next_one_announces_w
     }
 }
 
+/// Two hash a page at a time: the one who began before a guest's write must not take the other's state for its own.
+#[test]
+fn an_id_from_before_a_write_is_not_kept_though_the_page_is_being_hashed_again() {
+    let lab = Lab::new();
+    let manifest = lab.open();
+    let page = PageIndex(0);
+    let written_at = manifest.written_at[0].load(Ordering::Acquire);
+    manifest.pages[0].store(HASHING, Ordering::Release);
+    let hashed = manifest.hash_blocks(page).expect("hashes");
+    write(&manifest, 2 * BLOCK, &[7; BLOCK as usize]);
+    manifest.pages[0].store(HASHING, Ordering::Release);
+    assert!(!manifest.keep(page, &hashed, written_at).expect("is not kept"));
+    assert_eq!(manifest.roots(page, 1), [RootEntry::Unknown]);
+}
+
+/// It was found to be another, by what was noted of its content; its times say nothing.
+#[test]
+fn a_released_image_that_is_known_to_be_another_serves_what_was_announced_alone() {
+    let mut lab = Lab::new();
+    let manifest = lab.open();
+    manifest.page(PageIndex(0)).expect("hashes");
+    manifest.release().expect("releases");
+    drop(manifest);
+    lab.is_released = true;
+    let before = std::fs::metadata(lab.path()).expect("looks").modified().expect("has a time");
+    lab.change(SIZE - 100, &[3; 100]);
+    std::fs::File::options().write(true).open(lab.path()).expect("opens").set_modified(before).expect("sets it back");
+    let manifest = Arc::new(lab.open());
+    manifest.suspect();
+    assert_eq!(serve(&manifest, 2), Ok(id_of_ones()), "it is what was announced");
+    serve(&manifest, 2 * 1024 + 5).expect_err("nobody knows what it was");
+    assert!(matches!(manifest.page(PageIndex(2)), Err(SourceError::Changed { .. })));
+    // Given back, it is what it is.
+    manifest.take_back().expect("takes it back");
+    serve(&manifest, 2 * 1024 + 5).expect("is this site's own");
+}
+
 #[test]
 fn a_manifest_that_is_closed_writes_no_rows_and_answers_nothing() {
     let lab = Lab::new();
