@@ -238,7 +238,7 @@ impl Future for Asked {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Answer> {
         Pin::new(&mut self.answer).poll(cx).map(|answer| {
             self.hung = None;
-            answer.unwrap_or(Answer::Refused(None, No::Unknown))
+            answer.unwrap_or(Answer::Refused(None, no_answer()))
         })
     }
 }

@@ -18,8 +18,9 @@ impl PageIndex {
 
     /// The blocks that this page of an image of `blocks` blocks describes.
     pub fn blocks(self, blocks: u64) -> std::ops::Range<u64> {
-        let first = (self.0 * PAGE_IDS).min(blocks);
-        first..(first + PAGE_IDS).min(blocks)
+        // The number may be a peer's.
+        let first = self.0.saturating_mul(PAGE_IDS).min(blocks);
+        first..first.saturating_add(PAGE_IDS).min(blocks)
     }
 }
 

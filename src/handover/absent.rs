@@ -63,10 +63,29 @@ fn overruled(peer: &Name, epoch: Epoch, left: &Left) -> Option<Noted> {
     Some((Left { to: Some(peer.clone()), epoch, known }, owes))
 }
 
+/// What is journalled of an image that is served under a name from now on; `left` is what is remembered of what was here.
+///
+/// Two epochs ahead of what was seen: what is still on its way about the earlier volume speaks of the epoch between them at most. Whoever
+/// had that may have kept it: what a person decides there is heard here, and passed on.
+pub fn adding(left: Option<&Left>) -> Held {
+    let Some(left) = left else { return Held::new(Epoch::FIRST, State::Owned) };
+    let mut held = Held::new(left.epoch.next().next(), State::Owned);
+    held.lent = left.known.iter().chain(&left.to).cloned().collect();
+    held
+}
+
+/// The site at which a volume of this name may be written: to serve another one here is for a person to say.
+pub fn may_be_at(left: Option<&Left>) -> Option<&Name> {
+    left?.to.as_ref()
+}
+
 /// What is journalled before `from`, where the volume is at `at`, is asked for it, and what is owed from then on. `before` was let go of
 /// here, `left` is what is remembered of what was here.
 pub fn asking(from: &Name, at: Epoch, before: Option<&Held>, left: Option<&Left>) -> Result<(Held, Option<Debt>), No> {
     let epoch = at.next();
+    if !epoch.leaves_room() {
+        return Err(No::Epoch { asked: epoch, holds: at });
+    }
     let last = before.map(|held| held.epoch).max(left.map(|left| left.epoch)).unwrap_or(Epoch(0));
     if epoch <= last {
         // An old copy of it: what was seen here since is ahead.

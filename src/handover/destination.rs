@@ -78,13 +78,16 @@ impl Machine {
             }
             // Something newer holds there than what this site gives back. Either way it owns the volume no more; but what is
             // here may be all that there is of it, and stays.
-            Answer::Done(holds) => return self.fence_off(from, holds.max(epoch.next()), false),
+            Answer::Done(holds) => {
+                let holds = if holds.is_likely_after(epoch) { holds } else { epoch };
+                return self.fence_off(from, holds.max(epoch.next()), false);
+            }
             Answer::Refused(_, why) if !was_owner => {
                 // The source never let go, and says that it does not know of it: it cannot let go any more.
                 self.because.get_or_insert(why);
                 return self.given_back(from);
             }
-            Answer::Refused(holds, why) => match holds {
+            Answer::Refused(holds, why) => match holds.filter(|holds| holds.is_likely_after(epoch)) {
                 Some(holds) if holds.overrules(epoch) => return self.fence_off(from, holds, false),
                 // Somebody else owns it since, by the source's account.
                 Some(holds) if holds > epoch => return self.fence_off(from, holds, false),
@@ -109,7 +112,7 @@ impl Machine {
             Some(why) => Reply::No(why),
             None => Reply::Done(self.held.epoch.next()),
         };
-        let mut outputs = self.end(Some(from), true);
+        let mut outputs = self.end(Some(from), None, true);
         outputs.extend(self.tell_operators(&reply));
         outputs
     }
@@ -220,7 +223,7 @@ impl Machine {
                 let epoch = self.held.epoch;
                 let mut outputs = vec![Output::StopAsking];
                 outputs.extend(self.tell_operators(&Reply::No(No::Withdrawn)));
-                outputs.extend(self.end(Some(from), true));
+                outputs.extend(self.end(Some(from), None, true));
                 outputs.push(Output::Reply(ticket, Reply::Done(epoch)));
                 outputs
             }

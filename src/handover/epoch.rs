@@ -19,6 +19,8 @@ pub struct Epoch(pub u64);
 
 const TERM: u32 = 32;
 const SALT: u32 = 16;
+/// Decisions of persons about one volume that one site may have missed. A peer that claims more would leave no term for those to come.
+const MOST_TERMS: u32 = 1 << 16;
 
 impl Epoch {
     /// Of a volume that was just added.
@@ -46,9 +48,20 @@ impl Epoch {
         (self.0 >> TERM) as u32
     }
 
+    /// Whether persons may decide again and again after it, and hand-overs follow. Whoever says an epoch that does not is wrong, or lies.
+    pub fn leaves_room(self) -> bool {
+        self.term() <= u32::MAX - MOST_TERMS && self.next() != self
+    }
+
+    /// Whether `self` may have come about since `other`: nobody decides so often, and it must leave room for more.
+    pub fn is_likely_after(self, other: Epoch) -> bool {
+        self.leaves_room() && self.term().saturating_sub(other.term()) <= MOST_TERMS
+    }
+
     /// Whether a person's decision lies behind `self` that `other` does not know, and that wins over those behind `other`.
     pub fn overrules(self, other: Epoch) -> bool {
-        self > other && (self.term() > other.term() || (self.term() > 0 && self.salt() != other.salt()))
+        let is_decided = self.term() > other.term() || (self.term() > 0 && self.salt() != other.salt());
+        self > other && is_decided && self.is_likely_after(other)
     }
 
     fn salt(self) -> u16 {
@@ -114,6 +127,18 @@ mod tests {
         assert_eq!(last.next(), last);
         assert!(!last.next().follows(last), "nobody can take over a volume any more");
         assert_eq!(Epoch(u64::MAX).reclaimed(7), Epoch(u64::MAX));
+    }
+
+    #[test]
+    fn an_epoch_after_which_nobody_could_decide_is_believed_of_nobody() {
+        let here = Epoch(7);
+        for claimed in [Epoch(u64::MAX), Epoch(u64::MAX - 1), Epoch(u64::from(u32::MAX) << TERM), Epoch(1 << 60)] {
+            assert!(claimed > here && !claimed.overrules(here) && !claimed.is_likely_after(here), "{claimed:?}");
+        }
+        let many = (0..1000).fold(here, |epoch, salt| epoch.reclaimed(salt));
+        assert!(many.overrules(here) && many.leaves_room());
+        assert!(here.reclaimed(u16::MAX).overrules(here), "any salt is");
+        assert!(!Epoch(u64::from(u32::MAX)).leaves_room(), "no hand-over can follow");
     }
 
     #[test]

@@ -34,7 +34,7 @@ mod no;
 mod source;
 mod types;
 
-pub use absent::{Outcome, asking, outcome, without_volume};
+pub use absent::{Outcome, adding, asking, may_be_at, outcome, without_volume};
 pub use epoch::{Epoch, Generation};
 pub use no::No;
 pub use types::{
@@ -238,10 +238,11 @@ impl Machine {
         }
     }
 
+    /// A peer is to ask again: what is remembered of the volume answers then. Nothing that is said here is to be taken for that.
     fn answer_after_the_end(&self, input: Input) -> Vec<Output> {
         match input {
             Input::Asked { ticket, .. } => {
-                vec![Output::Reply(ticket, Reply::Peer(Answer::Refused(None, No::Unknown)))]
+                vec![Output::Reply(ticket, Reply::Peer(Answer::Refused(None, No::Removing)))]
             }
             Input::Told(ticket, _) | Input::Begin(ticket, _) => vec![Output::Reply(ticket, Reply::No(No::Unknown))],
             _ => Vec::new(),
@@ -265,7 +266,7 @@ impl Machine {
     }
 
     /// Nothing is here any more; what is remembered outlives it.
-    fn end(&mut self, to: Option<Name>, with_image: bool) -> Vec<Output> {
+    fn end(&mut self, to: Option<Name>, owes: Option<Debt>, with_image: bool) -> Vec<Output> {
         let mut known = self.held.others();
         if let Some(to) = &to {
             known.remove(to);
@@ -276,7 +277,7 @@ impl Machine {
         self.phase = Phase::Resting;
         vec![
             Output::Bar,
-            Output::Journal(Row { held: None, left, owes: None, is_new_content: false }),
+            Output::Journal(Row { held: None, left, owes, is_new_content: false }),
             Output::End { with_image },
         ]
     }

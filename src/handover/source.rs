@@ -248,8 +248,16 @@ impl Machine {
             _ if is_overheard => Some(Debt { peer: by.clone(), what: Owed::Reclaimed, epoch }),
             _ => None,
         };
-        if matches!(self.held.state, State::Arriving { .. }) {
-            outputs.push(Output::StopCopy);
+        match self.held.state {
+            // It never owned anything, so there is nothing that a person could want of it.
+            State::Asking { .. } | State::GivingBack { was_owner: false, .. } => {
+                self.held.epoch = epoch;
+                outputs.extend(self.end(Some(by), owes, true));
+                outputs.extend(self.tell_operators(&Reply::No(why)));
+                return outputs;
+            }
+            State::Arriving { .. } => outputs.push(Output::StopCopy),
+            _ => {}
         }
         let is_complete = self.held.state.is_complete();
         self.held.lent.insert(by.clone());
@@ -278,7 +286,7 @@ impl Machine {
             }
             (_, State::Released { to, is_completed: true }) => {
                 let (to, epoch) = (to.clone(), self.held.epoch);
-                let mut outputs = self.end(Some(to), false);
+                let mut outputs = self.end(Some(to), None, false);
                 outputs.push(Output::Reply(ticket, Reply::Done(epoch)));
                 outputs
             }
@@ -288,7 +296,7 @@ impl Machine {
             }
             (_, State::Fenced { by, .. }) => {
                 let (by, epoch) = (by.clone(), self.held.epoch);
-                let mut outputs = self.end(Some(by), false);
+                let mut outputs = self.end(Some(by), None, false);
                 outputs.push(Output::Reply(ticket, Reply::Done(epoch)));
                 outputs
             }
@@ -308,7 +316,7 @@ impl Machine {
         match done {
             Ok(()) => {
                 let epoch = self.held.epoch;
-                let mut outputs = self.end(None, false);
+                let mut outputs = self.end(None, None, false);
                 outputs.extend(self.tell_operators(&Reply::Done(epoch)));
                 outputs
             }

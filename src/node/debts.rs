@@ -92,12 +92,16 @@ impl Inventory {
         true
     }
 
-    /// A decision at the peer wins. False: what comes of it could not be noted.
-    fn hears(&self, name: &Name, debt: &Debt, epoch: Epoch) -> bool {
+    /// A decision at the peer wins. False: what comes of it is not noted yet, durably.
+    async fn hears(&self, name: &Name, debt: &Debt, epoch: Epoch) -> bool {
         match self.entry(name) {
             Some(entry) => {
-                entry.custody().heard(debt.peer.clone(), epoch);
-                true
+                let custody = entry.custody();
+                custody.heard(debt.peer.clone(), epoch);
+                custody.settled().await;
+                let view = custody.view();
+                // If it has ended meanwhile, what is remembered of it is to hear of it.
+                !view.has_ended && !view.is_unsure && view.held.epoch >= epoch
             }
             None => {
                 let answer = self.ask_without_volume(&debt.peer, name, &Question::Reclaimed { epoch });
@@ -120,7 +124,7 @@ impl Inventory {
             let asked = tokio::time::timeout(PATIENCE, self.ask_peer(&debt.peer, &name, &question)).await;
             match asked.ok().flatten().map(|answer| (outcome(&debt, &answer), answer)) {
                 Some((Outcome::Settled, _)) => break,
-                Some((Outcome::Overruled(epoch), _)) if self.hears(&name, &debt, epoch) => break,
+                Some((Outcome::Overruled(epoch), _)) if self.hears(&name, &debt, epoch).await => break,
                 Some((Outcome::Overruled(_), _)) => {}
                 Some((Outcome::Again, answer)) => {
                     tracing::warn!(volume = %name, peer = %debt.peer, owed = ?debt.what, ?answer, "a peer is yet to be told");

@@ -12,7 +12,7 @@ use super::refusal::api_error;
 use crate::control::{AddVolume, ApiError, ErrorKind};
 use crate::core::ids::{Incarnation, Name};
 use crate::core::manifest::Geometry;
-use crate::handover::{Epoch, Generation, Held, Machine, State, Verb};
+use crate::handover::{Generation, Held, Left, Machine, State, Verb, adding, may_be_at};
 use crate::image::{Identity, Image, ImageError, Mark, Noted, Sameness, Unlinked, Verdict, WhyNot};
 use crate::source::{Manifest, SourceError, SourceVolume};
 use crate::volume::{Volume, WriteObserver};
@@ -56,7 +56,7 @@ impl Node {
         let name = add.name.clone();
         let internal = |error: String| ApiError::new(ErrorKind::Internal, format!("volume {name}: {error}"), "");
         let left = self.records.left(&add.name).map_err(|error| internal(error.to_string()))?;
-        if let Some(to) = left.as_ref().and_then(|left| left.to.as_ref()).filter(|_| !add.again) {
+        if let Some(to) = may_be_at(left.as_ref()).filter(|_| !add.again) {
             return Err(ApiError::new(
                 ErrorKind::Refused,
                 format!("volume {}: a volume of this name left for {to}, and may be written there", add.name),
@@ -69,23 +69,23 @@ impl Node {
         let block_size = u64::from(self.config.store.block_size.bytes());
         let geometry = Geometry::new(image.size_bytes(), block_size)
             .map_err(|error| ApiError::new(ErrorKind::Invalid, format!("volume {name}: {error}"), ""))?;
-        self.own(&name, image, geometry, left.map(|left| left.epoch)).await.map_err(internal)?;
+        self.own(&name, image, geometry, left.as_ref()).await.map_err(internal)?;
         tracing::info!(volume = %name, again, "a volume is served");
         Ok(())
     }
 }
 
 impl Inventory {
-    /// Serves an image from now on. What is remembered of an earlier volume of the name is `left_at` its last epoch.
+    /// Serves an image from now on. `left` is what is remembered of an earlier volume of the name; the name is reserved.
     pub async fn own(
         self: &Arc<Self>,
         name: &Name,
         image: Image,
         geometry: Geometry,
-        left_at: Option<Epoch>,
+        left: Option<&Left>,
     ) -> Result<Arc<Entry>, String> {
-        let (site, of) = (Arc::clone(self), name.clone());
-        let entry = self.run_apart(move || site.make_owned(of, image, geometry, left_at)).await??;
+        let (site, of, held) = (Arc::clone(self), name.clone(), adding(left));
+        let entry = self.run_apart(move || site.make_owned(of, image, geometry, held)).await??;
         let (machine, first) = Machine::restore(entry.record().held);
         entry.start(machine, first);
         entry.custody().settled().await;
@@ -98,10 +98,8 @@ impl Inventory {
         name: Name,
         image: Image,
         geometry: Geometry,
-        left_at: Option<Epoch>,
+        held: Held,
     ) -> Result<Arc<Entry>, String> {
-        // Two ahead of what was seen: what is still on its way about the earlier volume speaks of the epoch between them at most.
-        let epoch = left_at.map_or(Epoch::FIRST, |epoch| epoch.next().next());
         let record = VolumeRecord {
             version: VERSION,
             name,
@@ -110,7 +108,7 @@ impl Inventory {
             incarnation: Incarnation(self.draw()),
             // Another image under the same name must never pass for this one.
             generation: self.draw_generation(),
-            held: Held::new(epoch, State::Owned),
+            held,
             source_generation: None,
             pace: Pace::default(),
             is_made: false,

@@ -1,7 +1,7 @@
 //! What can happen next in a world, and what comes of it. Must not know in which order it is explored.
 
 use blockferry::core::wire::Refusal;
-use blockferry::handover::{Debt, Epoch, Held, Input, Machine, No, Question, State, Ticket, Verb};
+use blockferry::handover::{Debt, Epoch, Held, Input, Machine, No, Question, State, Ticket, Verb, adding, may_be_at};
 
 use crate::world::{At, Message, Outcome, Waiting, Work, World, name};
 
@@ -23,6 +23,7 @@ pub enum Step {
     Image(At, bool),
     Work(At, Work, bool),
     Journal(At, Outcome),
+    Forget(At),
     Tick(At),
     Crash(At),
     Ask(At),
@@ -56,6 +57,10 @@ pub fn steps(world: &World) -> Vec<Step> {
                 all.push(Step::Journal(at, Outcome::FailedButWritten));
                 all.push(Step::Journal(at, Outcome::Failed));
             }
+            continue;
+        }
+        if world.sites[at].process.is_ending {
+            all.push(Step::Forget(at));
             continue;
         }
         of_site(world, at, &mut all);
@@ -165,8 +170,7 @@ fn of_people(world: &World, at: At, all: &mut Vec<Step>) {
         }
     }
     let Some(machine) = &site.process.machine else {
-        let is_wanted = |site: &crate::world::Site| matches!(&site.row, Some(Held { state: State::Released { to, .. }, .. }) if *to == name(at));
-        if site.left.as_ref().is_some_and(|left| left.to.is_none()) && !world.sites.iter().any(is_wanted) {
+        if site.left.is_some() && may_be_at(site.left.as_ref()).is_none() {
             all.push(Step::Add(at));
         }
         return;
@@ -219,8 +223,7 @@ fn carry_out(world: &mut World, step: &Step) {
         Step::Add(at) => {
             world.budget.verbs -= 1;
             let site = &mut world.sites[*at];
-            let epoch = Epoch(site.left.as_ref().map_or(0, |left| left.epoch.0) + 2);
-            site.row = Some(Held::new(epoch, State::Owned));
+            site.row = Some(adding(site.left.as_ref()));
             site.content = 0;
             site.is_written = false;
             world.ghost.must = 0;
@@ -278,6 +281,7 @@ fn carry_out(world: &mut World, step: &Step) {
             }
             world.journal(*at, *outcome);
         }
+        Step::Forget(at) => world.forget(*at),
         Step::Tick(at) => world.input(*at, Input::Tick),
         Step::Crash(at) => {
             world.budget.crashes -= 1;
@@ -329,6 +333,9 @@ pub fn calm_step(world: &World) -> Option<Step> {
     }
     if let Some(at) = sites().find(|at| world.machine(*at).is_some_and(Machine::is_unsure)) {
         return Some(Step::Tick(at));
+    }
+    if let Some(at) = sites().find(|at| process(*at).is_ending) {
+        return Some(Step::Forget(at));
     }
     for at in sites() {
         let process = process(at);

@@ -92,6 +92,8 @@ pub struct Site {
 pub struct Process {
     pub machine: Option<Machine>,
     pub is_open: bool,
+    /// Nothing is here any more, and what is asked still comes to the machine.
+    pub is_ending: bool,
     /// Begins with a journal write that has not ended.
     pub pending: Vec<Output>,
     pub work: BTreeSet<Work>,
@@ -252,8 +254,9 @@ impl World {
             }
             Output::Offer => process.is_copying = false,
             Output::Reply(ticket, reply) => self.reply(at, ticket, reply),
+            // It is asked until it is forgotten: [`World::forget`].
             Output::End { .. } => {
-                process.machine = None;
+                process.is_ending = true;
                 process.is_open = false;
                 process.is_copying = false;
                 process.may_have_arrived = false;
@@ -471,11 +474,21 @@ impl World {
         }
     }
 
+    /// Who asks from now on is answered by what is remembered.
+    pub fn forget(&mut self, at: At) {
+        self.sites[at].process.machine = None;
+        self.sites[at].process.is_ending = false;
+        self.sites[at].process.waiting.clear();
+    }
+
     fn settle(&mut self, at: At, peer: At, debt: &Debt, answer: Answer) {
         match outcome(debt, &answer) {
             OfDebt::Settled => drop(self.sites[at].debts.remove(debt)),
-            OfDebt::Overruled(epoch) if self.sites[at].process.machine.is_some() => {
+            OfDebt::Overruled(epoch) if self.row_epoch(at).is_some_and(|holds| holds >= epoch) => {
                 self.sites[at].debts.remove(debt);
+            }
+            // It is owed until what was heard is durable.
+            OfDebt::Overruled(epoch) if self.sites[at].process.machine.is_some() => {
                 self.input(at, Input::Heard(name(peer), epoch));
             }
             OfDebt::Overruled(epoch) => {

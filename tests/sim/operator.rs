@@ -45,7 +45,7 @@ impl Operator {
         let image = file.open(&life.process, path);
         let geometry = Geometry::new(image.size_bytes(), BLOCK).map_err(|error| error.to_string())?;
         let left = life.inventory.records().left(name).map_err(|error| error.to_string())?;
-        let owning = life.inventory.own(name, image, geometry, left.map(|left| left.epoch));
+        let owning = life.inventory.own(name, image, geometry, left.as_ref());
         Operator::at(&life, owning).await?.map(drop)
     }
 
