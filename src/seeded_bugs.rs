@@ -29,6 +29,7 @@ pub enum Bug {
     GateOpenBeforeOwnership,
     FenceDoesNotWait,
     CompleteBeforeSync,
+    OpeningOutlivesRelease,
     RowsByName,
     ClosedVolumeWrites,
     RefusedWriteCounts,
@@ -69,6 +70,7 @@ impl Bug {
         Bug::GateOpenBeforeOwnership,
         Bug::FenceDoesNotWait,
         Bug::CompleteBeforeSync,
+        Bug::OpeningOutlivesRelease,
     ];
 
     /// Those of the ownership machine: the model (tests/handover) has to notice them.

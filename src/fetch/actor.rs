@@ -65,6 +65,8 @@ struct Volume {
     waiting: Option<Reply<Remote>>,
     is_scheduled: bool,
     reopen_at: Option<Now>,
+    /// When the peer last said that what was opened is gone.
+    gone_at: Option<Now>,
     /// Why the peer does not open it, and since when.
     refused: Option<(String, SystemTime)>,
 }
@@ -231,6 +233,7 @@ impl Actor {
                     waiting: reply,
                     is_scheduled: expected.is_some(),
                     reopen_at: None,
+                    gone_at: None,
                     refused: None,
                 };
                 self.volumes.insert(key, volume);
@@ -465,7 +468,8 @@ impl Actor {
         }
         volume.expected = Some(found);
         volume.refused = None;
-        volume.handle = Some(handle);
+        let before = volume.handle.replace(handle);
+        self.closing.extend(before.map(|handle| (volume.peer, handle)));
         if !std::mem::replace(&mut volume.is_scheduled, true) {
             self.scheduler.add_volume(key, volume.peer);
         }
@@ -647,6 +651,7 @@ impl Actor {
                 let landed = self.scheduler.failed(now, FlightId(flight), Failure::Transient);
                 debug_assert!(landed.is_none());
             }
+            Arrived::Failed { flight, refusal: Refusal::UnknownVolume, why } => self.gone_at_peer(now, flight, &why),
             Arrived::Failed { flight, refusal, why } if flight & ASK_FLIGHTS == 0 => {
                 self.refuse(now, FlightId(flight), peer, refusal, why);
             }
@@ -699,6 +704,34 @@ impl Actor {
         tracing::warn!(why, "a manifest page did not come and is asked for again");
         if let Some(question) = self.questions.get_mut(&number) {
             question.is_sent = false;
+        }
+    }
+
+    /// What was opened is not there any more: the volume was given up there, or taken back. It is opened anew, which tells what holds, and
+    /// what was asked for comes then. Not at once again and again: answers to what was asked before may still be on their way.
+    fn gone_at_peer(&mut self, now: Now, flight: u64, why: &str) {
+        let key = match flight & ASK_FLIGHTS {
+            0 => self.scheduler.place_of(FlightId(flight)).map(|place| place.volume),
+            _ => self.questions.get(&(flight & !ASK_FLIGHTS)).and_then(|question| match question.to {
+                To::Volume(key) => Some(key),
+                To::Peer(..) => None,
+            }),
+        };
+        if let Some((key, volume)) = key.and_then(|key| Some((key, self.volumes.get_mut(&key)?)))
+            && volume.handle.is_some()
+        {
+            match volume.gone_at.map(|at| at + REOPEN).filter(|again_at| *again_at > now) {
+                Some(again_at) => volume.reopen_at = Some(again_at),
+                None => {
+                    volume.gone_at = Some(now);
+                    self.closing.extend(volume.handle.take().map(|handle| (volume.peer, handle)));
+                    self.send_open(key);
+                }
+            }
+        }
+        match flight & ASK_FLIGHTS {
+            0 => drop(self.scheduler.failed(now, FlightId(flight), Failure::Transient)),
+            _ => self.ask_again(flight, why),
         }
     }
 

@@ -11,7 +11,7 @@ use super::inventory::Inventory;
 use crate::core::ids::{Name, Nonce};
 use crate::core::wire::Refusal;
 use crate::handover::{Answer, No, Question, State, without_volume};
-use crate::source::{Catalog, Offered, Refused};
+use crate::source::{Catalog, Offered, Refused, SourceVolume};
 
 impl Catalog for Inventory {
     fn open(&self, peer: &Name, volume: &Name) -> Result<Offered, Refused> {
@@ -24,6 +24,8 @@ impl Catalog for Inventory {
             (Refusal::UnknownVolume, 0, why)
         };
         let Some(entry) = self.entry(volume) else { return Err(unknown()) };
+        // Before the record: what is taken back behind this look is opened in vain.
+        let opening = entry.source.lock().as_ref().map(SourceVolume::open);
         let record = entry.record();
         let epoch = record.held.epoch.0;
         let is_theirs = matches!(&record.held.state, State::Released { to, .. } if to == peer);
@@ -47,10 +49,9 @@ impl Catalog for Inventory {
             let why = format!("the image of volume {volume} cannot be opened at {}", self.site);
             return Err((Refusal::Busy, epoch, why));
         }
-        let source = entry.source.lock().clone();
-        let source =
-            source.ok_or_else(|| (Refusal::Busy, epoch, format!("volume {volume} is being prepared; try again")))?;
-        Ok(Offered { source, epoch, is_read_only: self.is_read_only(&entry).is_some() })
+        let opening =
+            opening.ok_or_else(|| (Refusal::Busy, epoch, format!("volume {volume} is being prepared; try again")))?;
+        Ok(Offered { opening, epoch, is_read_only: self.is_read_only(&entry).is_some() })
     }
 
     fn ask(&self, peer: &Name, volume: &Name, question: Question) -> BoxFuture<'static, Answer> {

@@ -48,6 +48,8 @@ pub struct Manifest {
     is_sealed: AtomicBool,
     /// Whether a peer has it: what was announced stays.
     is_released: AtomicBool,
+    /// Counts how often it was taken back from a peer that it was released to.
+    edition: AtomicU64,
     /// Whether something happened to a released image that only ids can tell from a change.
     is_suspect: AtomicBool,
     seal: Mutex<Seal>,
@@ -120,6 +122,7 @@ impl Manifest {
             ids: Mutex::default(),
             is_sealed: AtomicBool::new(false),
             is_released: AtomicBool::new(false),
+            edition: AtomicU64::new(0),
             is_suspect: AtomicBool::new(false),
             seal: Mutex::default(),
             told: Mutex::default(),
@@ -134,6 +137,11 @@ impl Manifest {
     /// Whether a peer was told that the image changes no more.
     pub fn is_released(&self) -> bool {
         self.is_released.load(Ordering::Acquire)
+    }
+
+    /// Another one each time that the image is taken back from a peer that it was released to, before any guest writes to it.
+    pub fn edition(&self) -> u64 {
+        self.edition.load(Ordering::Acquire)
     }
 
     /// Whether the volume is gone: [`Manifest::close`].

@@ -17,6 +17,7 @@ use crate::core::manifest::Geometry;
 use crate::core::wire::Refusal;
 use crate::handover::{Answer, Question};
 use crate::image::{Image, ImageError};
+use crate::seeded_bugs::{Bug, is_planted};
 use crate::store::{State, StateBatch, StateError};
 
 pub use hasher::Hasher;
@@ -38,14 +39,22 @@ pub struct SourceVolume {
     pub generation: u64,
 }
 
+/// A volume as a peer opened it: good for as long as it holds what it held then, or what is released of that.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// Where its blocks come from.
+    pub volume: Arc<SourceVolume>,
+    edition: u64,
+}
+
 /// A refusal for the peer: why, the epoch that holds here (0: none), and words.
 pub type Refused = (Refusal, u64, String);
 
 /// A volume that a peer may fetch.
 #[derive(Clone, Debug)]
 pub struct Offered {
-    /// Where its blocks come from.
-    pub source: Arc<SourceVolume>,
+    /// What the peer opens.
+    pub opening: Opening,
     /// The epoch that holds here.
     pub epoch: u64,
     /// Whether its guests may only read it.
@@ -130,7 +139,24 @@ impl SourceError {
     }
 }
 
+impl Opening {
+    /// Whether what was read before this call may be sent to who opened it: [`SourceError::Gone`] once the volume is given up, or taken back
+    /// from the peer that it was released to. What guests write to it from then on is nothing that the peer may mix with what it has.
+    pub fn check(&self) -> Result<(), SourceError> {
+        let is_another = self.volume.manifest.edition() != self.edition && !is_planted(Bug::OpeningOutlivesRelease);
+        if is_another || self.volume.manifest.is_closed() {
+            return Err(SourceError::Gone { volume: self.volume.name.clone() });
+        }
+        Ok(())
+    }
+}
+
 impl SourceVolume {
+    /// Opens it. To be called before it is looked up to whom the volume belongs.
+    pub fn open(self: &Arc<Self>) -> Opening {
+        Opening { volume: Arc::clone(self), edition: self.manifest.edition() }
+    }
+
     /// One block and its id; no bytes for one of zeros. Of a released image, only what was announced of it.
     pub fn read_block(&self, block: BlockIndex) -> Result<(BlockId, Option<Vec<u8>>), SourceError> {
         let (offset, len_bytes) = (self.geometry.offset_of(block), self.geometry.len_of(block));

@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::queue::{Item, Promoted, SendQueue};
-use super::{Catalog, Hasher, Offered, SourceVolume};
+use super::{Catalog, Hasher, Offered, Opening, SourceError};
 use crate::core::frame::Frame;
 use crate::core::ids::{Class, Name};
 use crate::core::manifest::PageIndex;
@@ -41,6 +41,8 @@ const LEVELS: [i32; 4] = [1, 3, 6, 9];
 const SLOW_LINK_BYTES_PER_S: f64 = 32e6;
 /// The index of level 3.
 const LEAST_LEVEL_OF_SLOW_LINKS: usize = 1;
+/// What is said of a handle that is none, or was closed while a want was on its way.
+const NOT_OPEN: &str = "that volume is not open";
 /// What a guest waits for is compressed quickly.
 const DEMAND_LEVEL: i32 = 3;
 
@@ -58,7 +60,7 @@ struct Session {
     hasher: Hasher,
     workers: Workers,
     options: SourceOptions,
-    handles: Mutex<HashMap<u32, Arc<SourceVolume>>>,
+    handles: Mutex<HashMap<u32, Opening>>,
     queue: Mutex<SendQueue>,
     tickets: Mutex<Tickets>,
     /// One for each class.
@@ -324,7 +326,7 @@ impl Session {
     }
 
     fn open(&self, request: u32, offered: Offered) -> Control {
-        let Offered { source: volume, epoch, is_read_only } = offered;
+        let Offered { opening, epoch, is_read_only } = offered;
         let mut handles = self.handles.lock();
         if handles.len() >= MAX_HANDLES {
             let why = format!("more than {MAX_HANDLES} volumes opened on one connection");
@@ -332,9 +334,9 @@ impl Session {
         }
         // A number for each opening: who closes one of two keeps the other.
         let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        self.hasher.hash_in_background(&volume);
-        let (geometry, generation) = (volume.geometry, volume.generation);
-        handles.insert(handle, volume);
+        self.hasher.hash_in_background(&opening.volume);
+        let (geometry, generation) = (opening.volume.geometry, opening.volume.generation);
+        handles.insert(handle, opening);
         Control::Opened { request, handle, geometry, generation, epoch, is_read_only }
     }
 
@@ -354,16 +356,16 @@ impl Session {
 
     /// Reads, compresses and hands over one block; returns how long the transport made it wait.
     async fn serve(&self, item: Item, class: Class) -> Duration {
-        let volume = self.handles.lock().get(&item.handle).cloned();
+        let opening = self.handles.lock().get(&item.handle).cloned();
         let level = match class {
             Class::Bulk => self.options.zstd_level.unwrap_or(LEVELS[self.bulk_level.load(Ordering::Relaxed)]),
             _ => self.options.zstd_level.unwrap_or(DEMAND_LEVEL).min(DEMAND_LEVEL),
         };
-        let message = match volume {
-            None => failed(item.flight, Refusal::BadRequest, "that volume is not open".into()),
-            Some(volume) => {
+        let message = match opening {
+            None => failed(item.flight, Refusal::UnknownVolume, NOT_OPEN.into()),
+            Some(opening) => {
                 let urgency = if class == Class::Bulk { Urgency::Background } else { Urgency::Urgent };
-                let built = self.workers.run(urgency, move || build(&volume, item, level)).await;
+                let built = self.workers.run(urgency, move || build(&opening, item, level)).await;
                 built.unwrap_or_else(|| failed(item.flight, Refusal::Internal, "the source failed inside".into()))
             }
         };
@@ -410,36 +412,38 @@ impl Session {
     }
 
     async fn send_roots(&self, flight: u64, handle: u32, first: PageIndex, count: u32) {
-        let volume = self.handles.lock().get(&handle).cloned();
-        let message = match volume {
-            Some(volume) if volume.manifest.is_closed() => {
-                let gone = super::SourceError::Gone { volume: volume.name.clone() };
-                failed(flight, gone.refusal(), gone.to_string())
+        let opening = self.handles.lock().get(&handle).cloned();
+        let message = match opening {
+            Some(opening) => {
+                let count = u64::from(count).min(MAX_ROOTS_PER_MESSAGE as u64);
+                let entries = opening.volume.manifest.roots(first, count);
+                match opening.check() {
+                    Ok(()) => Data::Roots { flight, first, entries },
+                    Err(error) => failed(flight, error.refusal(), error.to_string()),
+                }
             }
-            Some(volume) => {
-                let entries = volume.manifest.roots(first, u64::from(count).min(MAX_ROOTS_PER_MESSAGE as u64));
-                Data::Roots { flight, first, entries }
-            }
-            None => failed(flight, Refusal::BadRequest, "that volume is not open".into()),
+            None => failed(flight, Refusal::UnknownVolume, NOT_OPEN.into()),
         };
         let _ = self.link.send_data(Class::Readahead, message.encode()).await;
     }
 
     async fn send_page(&self, flight: u64, handle: u32, page: PageIndex) {
-        let volume = self.handles.lock().get(&handle).cloned();
-        let message = match volume {
-            None => failed(flight, Refusal::BadRequest, "that volume is not open".into()),
-            Some(volume) if page.0 >= volume.geometry.pages() => {
+        let opening = self.handles.lock().get(&handle).cloned();
+        let message = match opening {
+            None => failed(flight, Refusal::UnknownVolume, NOT_OPEN.into()),
+            Some(opening) if page.0 >= opening.volume.geometry.pages() => {
                 failed(flight, Refusal::BadRequest, format!("there is no manifest page {}", page.0))
             }
-            Some(volume) => match self.hasher.page(&volume, page).await {
-                Some(Ok(hashed)) => {
-                    Data::Page { flight, page, frame: Frame::encode(&Bytes::from(hashed.to_bytes()), DEMAND_LEVEL) }
-                }
-                Some(Err(error)) => {
-                    tracing::warn!(volume = %volume.name, %error, "a manifest page could not be made");
-                    failed(flight, error.refusal(), error.to_string())
-                }
+            Some(opening) => match self.hasher.page(&opening.volume, page).await {
+                Some(hashed) => match hashed.and_then(|hashed| opening.check().map(|()| hashed)) {
+                    Ok(hashed) => {
+                        Data::Page { flight, page, frame: Frame::encode(&Bytes::from(hashed.to_bytes()), DEMAND_LEVEL) }
+                    }
+                    Err(error) => {
+                        tracing::warn!(volume = %opening.volume.name, %error, "a manifest page could not be made");
+                        failed(flight, error.refusal(), error.to_string())
+                    }
+                },
                 None => failed(flight, Refusal::ShuttingDown, "the source is shutting down".into()),
             },
         };
@@ -477,15 +481,18 @@ impl Tickets {
 }
 
 /// The blocking part: read, hash, compress.
-fn build(volume: &SourceVolume, item: Item, level: i32) -> Data {
+fn build(opening: &Opening, item: Item, level: i32) -> Data {
+    let volume = &opening.volume;
     if item.block.0 >= volume.geometry.blocks() {
         return failed(item.flight, Refusal::BadRequest, format!("there is no block {}", item.block.0));
     }
-    match volume.read_block(item.block) {
+    match volume.read_block(item.block).and_then(|read| opening.check().map(|()| read)) {
         Ok((id, bytes)) => {
             let frame = bytes.map(|bytes| Frame::encode(&Bytes::from(bytes), level));
             Data::Block { flight: item.flight, id, frame }
         }
+        // The peer opens it anew, and hears why where that fails.
+        Err(gone @ SourceError::Gone { .. }) => failed(item.flight, gone.refusal(), gone.to_string()),
         Err(error) => {
             tracing::warn!(volume = %volume.name, block = item.block.0, %error, "a block could not be read");
             failed(item.flight, error.refusal(), error.to_string())

@@ -47,7 +47,7 @@ struct OneVolume {
 impl Catalog for OneVolume {
     fn open(&self, _peer: &Name, _volume: &Name) -> Result<Offered, Refused> {
         let epoch = self.epoch.load(Ordering::Relaxed) as u64;
-        Ok(Offered { source: Arc::clone(&self.source), epoch, is_read_only: false })
+        Ok(Offered { opening: self.source.open(), epoch, is_read_only: false })
     }
 
     fn ask(&self, _: &Name, _: &Name, question: Question) -> BoxFuture<'static, Answer> {

@@ -34,7 +34,7 @@ struct OneVolume(Arc<SourceVolume>);
 
 impl Catalog for OneVolume {
     fn open(&self, _: &Name, _: &Name) -> Result<Offered, Refused> {
-        Ok(Offered { source: Arc::clone(&self.0), epoch: 1, is_read_only: false })
+        Ok(Offered { opening: self.0.open(), epoch: 1, is_read_only: false })
     }
 
     fn ask(&self, _: &Name, _: &Name, question: Question) -> BoxFuture<'static, Answer> {

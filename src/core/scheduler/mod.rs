@@ -408,6 +408,11 @@ impl Scheduler {
         }
     }
 
+    /// Whose block a flight under way asks for.
+    pub fn place_of(&self, flight: FlightId) -> Option<Place> {
+        self.flights.get(&flight)?.places.front().copied()
+    }
+
     /// The length of a flight's block, in bytes.
     pub fn len_of(&self, flight: FlightId) -> Option<u32> {
         Some(self.flights.get(&flight)?.len_bytes)

@@ -155,6 +155,7 @@ impl Manifest {
         if !self.is_released.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
+        self.edition.fetch_add(1, Ordering::AcqRel);
         *self.told.lock() = Told::default();
         if self.is_suspect.swap(false, Ordering::AcqRel) {
             self.forget_all(seal)?;

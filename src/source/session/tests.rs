@@ -7,7 +7,7 @@ use crate::core::ids::{BlockIndex, Incarnation, Nonce};
 use crate::core::manifest::Geometry;
 use crate::core::wire::Want;
 use crate::image::Image;
-use crate::source::{Manifest, Refused};
+use crate::source::{Manifest, Refused, SourceVolume};
 use crate::store::MemoryState;
 use crate::transport::memory;
 
@@ -16,7 +16,7 @@ struct OneVolume(Arc<SourceVolume>);
 impl Catalog for OneVolume {
     fn open(&self, _peer: &Name, volume: &Name) -> Result<Offered, Refused> {
         match *volume == self.0.name {
-            true => Ok(Offered { source: Arc::clone(&self.0), epoch: 1, is_read_only: false }),
+            true => Ok(Offered { opening: self.0.open(), epoch: 1, is_read_only: false }),
             false => Err((Refusal::UnknownVolume, 0, "none".into())),
         }
     }
@@ -33,6 +33,7 @@ impl Catalog for OneVolume {
 struct Peer {
     link: Arc<dyn Link>,
     receivers: LinkReceivers,
+    manifest: Arc<Manifest>,
     _dir: tempfile::TempDir,
 }
 
@@ -46,12 +47,13 @@ fn connect() -> Peer {
     let state = Arc::new(MemoryState::new());
     let manifest =
         Manifest::open(name.clone(), Incarnation([1; 16]), Arc::clone(&image), geometry, state, false).expect("opens");
-    let volume = Arc::new(SourceVolume { name, image, geometry, manifest: Arc::new(manifest), generation: 1 });
+    let manifest = Arc::new(manifest);
+    let volume = Arc::new(SourceVolume { name, image, geometry, manifest: Arc::clone(&manifest), generation: 1 });
     let (here, there) = memory::pair("b".parse().expect("a name"), "a".parse().expect("a name"));
     let workers = Workers::start("test", 1, 1).expect("threads");
     let options = SourceOptions { site: "a".parse().expect("a name"), zstd_level: Some(1) };
     tokio::spawn(serve_link(there, Arc::new(OneVolume(volume)), Hasher::start().expect("a thread"), workers, options));
-    Peer { link: here.link, receivers: here.receivers, _dir: dir }
+    Peer { link: here.link, receivers: here.receivers, manifest, _dir: dir }
 }
 
 impl Peer {
@@ -133,10 +135,12 @@ async fn requests_that_make_no_sense_are_refused_and_the_rest_is_served() {
     peer.send(Control::Reclaimed { request: 2, epoch: 2, volume: "vm".parse().expect("a name") }).await;
     assert!(matches!(peer.answer().await, Some(Control::Done { request: 2, epoch: 2 })), "the site answers it");
     let handle = peer.open().await;
-    for bad in [want(10, handle, 3), want(10, handle, u64::MAX), want(10, handle + 1, 0)] {
+    for bad in [want(10, handle, 3), want(10, handle, u64::MAX)] {
         peer.send(Control::Wants(vec![bad])).await;
         assert!(matches!(peer.data().await, Data::Failed { flight: 10, refusal: Refusal::BadRequest, .. }), "{bad:?}");
     }
+    peer.send(Control::Wants(vec![want(10, handle + 1, 0)])).await;
+    assert!(matches!(peer.data().await, Data::Failed { flight: 10, refusal: Refusal::UnknownVolume, .. }));
     peer.send(Control::Page { flight: 11, handle, page: PageIndex(u64::MAX) }).await;
     assert!(matches!(peer.data().await, Data::Failed { flight: 11, refusal: Refusal::BadRequest, .. }));
     peer.send(Control::Roots { flight: 12, handle, first: PageIndex(u64::MAX), count: u32::MAX }).await;
@@ -182,9 +186,40 @@ async fn a_handle_that_is_closed_is_no_more_and_makes_room_for_another() {
     let closed = peer.open().await;
     peer.send(Control::Close { handle: closed }).await;
     peer.send(Control::Wants(vec![want(1, closed, 0)])).await;
-    assert!(matches!(peer.data().await, Data::Failed { flight: 1, refusal: Refusal::BadRequest, .. }));
+    assert!(matches!(peer.data().await, Data::Failed { flight: 1, refusal: Refusal::UnknownVolume, .. }));
     peer.send(Control::Wants(vec![want(2, kept, 0)])).await;
     assert!(matches!(peer.data().await, Data::Block { flight: 2, .. }));
+}
+
+#[tokio::test]
+async fn what_was_opened_of_a_volume_that_is_taken_back_is_no_more() {
+    let mut peer = connect();
+    peer.hello().await;
+    let handle = peer.open().await;
+    peer.manifest.release().expect("releases");
+    let questions = |handle| {
+        let page = Control::Page { flight: 2, handle, page: PageIndex(0) };
+        [
+            Control::Wants(vec![want(1, handle, 0)]),
+            page,
+            Control::Roots { flight: 3, handle, first: PageIndex(0), count: 1 },
+        ]
+    };
+    for question in questions(handle) {
+        peer.send(question).await;
+        assert!(!matches!(peer.data().await, Data::Failed { .. }), "what was opened before the hand-over serves it");
+    }
+    peer.manifest.take_back().expect("takes it back");
+    for question in questions(handle) {
+        peer.send(question.clone()).await;
+        let answer = peer.data().await;
+        assert!(matches!(answer, Data::Failed { refusal: Refusal::UnknownVolume, .. }), "{question:?}: {answer:?}");
+    }
+    let handle = peer.open().await;
+    for question in questions(handle) {
+        peer.send(question).await;
+        assert!(!matches!(peer.data().await, Data::Failed { .. }));
+    }
 }
 
 #[tokio::test]
