@@ -1,6 +1,5 @@
 //! What peers may have of this site's volumes. Who owns what is the machines' business. Must not know connections.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use futures::FutureExt;
@@ -12,6 +11,7 @@ use crate::core::ids::{Name, Nonce};
 use crate::core::wire::Refusal;
 use crate::handover::{Answer, No, Question, State, without_volume};
 use crate::source::{Catalog, Offered, Refused, SourceVolume};
+use crate::transport::Link;
 
 impl Catalog for Inventory {
     fn open(&self, peer: &Name, volume: &Name) -> Result<Offered, Refused> {
@@ -66,8 +66,8 @@ impl Catalog for Inventory {
         }
     }
 
-    fn greet(&self, peer: &Name, address: Option<SocketAddr>, last: Nonce, next: Nonce) -> Result<(), String> {
-        self.instances.greet(&self.records, peer, address, last, next)
+    fn greet(&self, link: &Arc<dyn Link>, last: Nonce, next: Nonce) -> Result<(), (Refusal, String)> {
+        self.instances.greet(&self.records, link, last, next)
     }
 }
 

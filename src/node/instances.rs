@@ -10,11 +10,18 @@ use parking_lot::Mutex;
 use super::inventory::Inventory;
 use super::record::{Instance, RecordError, Records};
 use crate::core::ids::{Name, Nonce};
+use crate::core::wire::Refusal;
+use crate::transport::Link;
 
-/// Where each peer's accepted instance last came from.
+/// The link over which each peer's accepted instance came last.
 #[derive(Default)]
 pub(super) struct Instances {
-    seen: Mutex<BTreeMap<Name, Option<SocketAddr>>>,
+    seen: Mutex<BTreeMap<Name, Accepted>>,
+}
+
+struct Accepted {
+    address: Option<SocketAddr>,
+    link: Weak<dyn Link>,
 }
 
 /// Whether a peer that says which number it was last given, and which it is to have from now on, is the one that was here.
@@ -25,34 +32,43 @@ fn is_the_one(noted: Option<Nonce>, last: Nonce, next: Nonce) -> bool {
 
 impl Instances {
     /// A peer greets; the number is noted, durably, before it is answered.
+    ///
+    /// The link that it came over before is closed: if that was a copy of it, or its original, that one has to come again, and is turned
+    /// away then. Of two that run, one is served.
     pub(super) fn greet(
         &self,
         records: &Records,
-        peer: &Name,
-        address: Option<SocketAddr>,
+        link: &Arc<dyn Link>,
         last: Nonce,
         next: Nonce,
-    ) -> Result<(), String> {
+    ) -> Result<(), (Refusal, String)> {
+        let (peer, address) = (link.peer(), link.address());
+        let failed = |error: RecordError| (Refusal::Internal, format!("this site cannot note who is here: {error}"));
         let mut seen = self.seen.lock();
-        let noted = records.instance_of(peer).map_err(|error| error.to_string())?;
+        let noted = records.instance_of(peer).map_err(failed)?;
         let text = |address: Option<SocketAddr>| address.map_or("an unknown address".into(), |at| at.to_string());
         if !is_the_one(noted, last, next) {
-            let before = seen.get(peer).copied().flatten();
+            let before = seen.get(peer).and_then(|before| before.address);
             tracing::error!(
                 %peer, from = text(address), accepted_from = text(before),
                 "a second instance with this peer's identity is turned away: its state was copied or restored"
             );
-            return Err(format!(
+            let why = format!(
                 "another instance with the identity of {peer} has been here since, from {}; this one came from {}: stop the \
                  wrong one; if it is the other, `blockferry peer accept {peer}` at this source lets this one in",
                 text(before),
                 text(address)
-            ));
+            );
+            return Err((Refusal::Clone, why));
         }
         if noted != Some(next) {
-            records.note_instance_of(peer, Some(next)).map_err(|error| error.to_string())?;
+            records.note_instance_of(peer, Some(next)).map_err(failed)?;
         }
-        seen.insert(peer.clone(), address);
+        let before = seen.insert(peer.clone(), Accepted { address, link: Arc::downgrade(link) });
+        if let Some(link) = before.as_ref().and_then(|before| before.link.upgrade()) {
+            tracing::info!(%peer, from = text(link.address()), now_from = text(address), "a peer connected anew: its earlier connection ends");
+            link.close(&format!("the same site connected anew, from {}", text(address)));
+        }
         Ok(())
     }
 }
@@ -127,23 +143,60 @@ impl Inventory {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt;
+
     use super::*;
     use crate::store::MemoryState;
+    use crate::transport::{NewLink, memory};
 
     fn nonce(number: u8) -> Nonce {
         Nonce([number; 16])
     }
 
-    #[test]
-    fn whoever_comes_second_with_a_copied_state_is_turned_away() {
+    /// A link as this site has it, and what keeps it up.
+    fn link_of(peer: &Name) -> (Arc<dyn Link>, NewLink) {
+        let (there, here) = memory::pair(peer.clone(), "a".parse().expect("a name"));
+        (here.link, there)
+    }
+
+    #[tokio::test]
+    async fn of_a_site_and_its_copy_that_both_run_one_is_served() {
         let records = Records::new(Arc::new(MemoryState::new()));
         let (instances, peer) = (Instances::default(), "b".parse().expect("a name"));
-        let greet = |last, next| instances.greet(&records, &peer, None, last, next);
+        let ((original, _one), (copy, _two), (again, _three)) = (link_of(&peer), link_of(&peer), link_of(&peer));
+        let greet = |link, last, next| instances.greet(&records, link, last, next);
+        greet(&original, Nonce::default(), nonce(1)).expect("the first");
+        assert!(original.closed().now_or_never().is_none());
+        greet(&copy, nonce(1), nonce(2)).expect("it has all that the original has");
+        assert!(original.closed().now_or_never().is_some(), "not both at a time");
+        assert!(copy.closed().now_or_never().is_none());
+        greet(&again, nonce(1), nonce(3)).expect_err("the original comes again");
+        assert!(copy.closed().now_or_never().is_none());
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_noted_makes_no_copy_of_anybody() {
+        let state = Arc::new(MemoryState::new());
+        let records = Records::new(Arc::clone(&state) as Arc<dyn crate::store::State>);
+        let (instances, peer) = (Instances::default(), "b".parse().expect("a name"));
+        state.fail_with(Some("the disk fails"));
+        let (refusal, _) =
+            instances.greet(&records, &link_of(&peer).0, Nonce::default(), nonce(1)).expect_err("the disk fails");
+        assert_eq!(refusal, Refusal::Internal);
+    }
+
+    #[tokio::test]
+    async fn whoever_comes_second_with_a_copied_state_is_turned_away() {
+        let records = Records::new(Arc::new(MemoryState::new()));
+        let (instances, peer) = (Instances::default(), "b".parse().expect("a name"));
+        let (link, _there) = link_of(&peer);
+        let greet = |last, next| instances.greet(&records, &link, last, next);
         greet(Nonce::default(), nonce(1)).expect("the first");
         greet(Nonce::default(), nonce(1)).expect("its answer was lost");
         greet(nonce(1), nonce(2)).expect("it comes again");
         // The clone was made when `last` was 1; it draws a number of its own.
-        let why = greet(nonce(1), nonce(9)).expect_err("a clone");
+        let (refusal, why) = greet(nonce(1), nonce(9)).expect_err("a clone");
+        assert_eq!(refusal, Refusal::Clone);
         assert!(why.contains("another instance"), "{why}");
         greet(nonce(2), nonce(3)).expect("the original goes on");
         records.note_instance_of(&peer, None).expect("a person decides");

@@ -7,7 +7,6 @@ mod queue;
 mod session;
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
@@ -19,6 +18,7 @@ use crate::handover::{Answer, Question};
 use crate::image::{Image, ImageError};
 use crate::seeded_bugs::{Bug, is_planted};
 use crate::store::{State, StateBatch, StateError};
+use crate::transport::Link;
 
 pub use hasher::Hasher;
 pub use manifest::Manifest;
@@ -68,8 +68,9 @@ pub trait Catalog: Send + Sync + 'static {
     /// A question about who owns a volume. It counts as asked when this returns, so that questions are handled in the order in which they
     /// came; the answer follows. Dropping that tells that nobody waits any more.
     fn ask(&self, peer: &Name, volume: &Name, question: Question) -> BoxFuture<'static, Answer>;
-    /// A peer says which instance it is; why it is turned away, if it is not the one that was here.
-    fn greet(&self, peer: &Name, address: Option<SocketAddr>, last: Nonce, next: Nonce) -> Result<(), String>;
+    /// Who is at the other end of a new link says which instance of its site it is; why it is turned away, if it is not the one that was
+    /// here. An earlier link of the same site has ended when this returns.
+    fn greet(&self, link: &Arc<dyn Link>, last: Nonce, next: Nonce) -> Result<(), (Refusal, String)>;
 }
 
 /// Why a source could not answer.

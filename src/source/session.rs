@@ -148,8 +148,8 @@ async fn welcome(
         );
         return Err(turn_away(link, Refusal::Version, why).await);
     };
-    if let Err(why) = catalog.greet(link.peer(), link.address(), last, next) {
-        return Err(turn_away(link, Refusal::Clone, why).await);
+    if let Err((refusal, why)) = catalog.greet(link, last, next) {
+        return Err(turn_away(link, refusal, why).await);
     }
     let welcome = Control::Welcome { version, site: site.clone() };
     link.send_control(welcome.encode()).await.map_err(|error| error.to_string())?;

@@ -57,7 +57,12 @@ impl Catalog for OneVolume {
         Box::pin(std::future::ready(Answer::Done(question.epoch())))
     }
 
-    fn greet(&self, _: &Name, _: Option<std::net::SocketAddr>, _: Nonce, _: Nonce) -> Result<(), String> {
+    fn greet(
+        &self,
+        _: &Arc<dyn crate::transport::Link>,
+        _: Nonce,
+        _: Nonce,
+    ) -> Result<(), (crate::core::wire::Refusal, String)> {
         Ok(())
     }
 }

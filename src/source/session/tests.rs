@@ -25,7 +25,7 @@ impl Catalog for OneVolume {
         Box::pin(std::future::ready(Answer::Done(question.epoch())))
     }
 
-    fn greet(&self, _: &Name, _: Option<std::net::SocketAddr>, _: Nonce, _: Nonce) -> Result<(), String> {
+    fn greet(&self, _: &Arc<dyn Link>, _: Nonce, _: Nonce) -> Result<(), (Refusal, String)> {
         Ok(())
     }
 }
