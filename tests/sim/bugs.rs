@@ -7,6 +7,7 @@ use blockferry::seeded_bugs::{Bug, plant};
 use parking_lot::Mutex;
 
 use crate::run::run;
+use crate::seeds::KEPT;
 
 /// Seeds after which a bug counts as not found.
 const MOST_SEEDS: u64 = 8_000;
@@ -22,7 +23,11 @@ fn every_seeded_bug_is_caught() {
             scope.spawn(|| {
                 while let Some(bug) = Bug::ALL.get(next.fetch_add(1, Ordering::Relaxed)) {
                     plant(Some(*bug));
-                    let found = (0..MOST_SEEDS).find_map(|seed| Some((seed, run(seed, false).violation?)));
+                    let found = KEPT
+                        .iter()
+                        .copied()
+                        .chain(0..MOST_SEEDS)
+                        .find_map(|seed| Some((seed, run(seed, false).violation?)));
                     plant(None);
                     match found {
                         Some((seed, violation)) => {

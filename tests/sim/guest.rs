@@ -6,16 +6,19 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use blockferry::handover::State;
 use blockferry::volume::VolumeError;
 
 use crate::model::{Begun, CELL, Outcome, fill};
 use crate::random::mix;
 use crate::site::Site;
-use crate::slot::{Served, Slot};
+use crate::slot::{Part, Served, Slot};
 use crate::world::{Shared, Side};
 
 /// With everything well, no request takes longer, however busy bulk is.
 const PROMPT_MS: u64 = 8_000;
+/// Where people change their minds, a guest gives a request up after this.
+const PATIENCE: Duration = Duration::from_secs(90);
 /// Consequences of a fault (retries, connections that are thought to live) are over after this.
 const AFTERMATH_MS: u64 = 20_000;
 
@@ -121,18 +124,44 @@ impl Guest {
 
     /// Waits for an answer, unless the daemon dies first; now and then a client hangs up.
     async fn answer<T>(&self, served: &Served, answer: impl Future<Output = T>) -> Ended<T> {
-        let patience = if !self.world.is_quiet && self.world.percent(2) {
-            Duration::from_millis(self.world.below(30))
-        } else {
-            if self.world.is_plain { Duration::MAX / 4 } else { Duration::from_secs(90) }
+        let hangs_up = !self.world.is_quiet && self.world.percent(2);
+        let patience = match (hangs_up, self.world.is_plain) {
+            (true, _) => Duration::from_millis(self.world.below(30)),
+            (false, true) => Duration::MAX / 4,
+            // Where people decide, a request may rightly wait for a site that has let go of everything.
+            (false, false) => PATIENCE,
         };
         tokio::select! {
             biased;
             () = served.process.death.wait() => Ended::Unknown,
             () = served.part.is_over.wait() => Ended::Unknown,
             done = answer => Ended::Done(done),
-            () = tokio::time::sleep(patience) => Ended::Unknown,
+            () = tokio::time::sleep(patience) => {
+                if !hangs_up && self.is_due(served) && self.world.was_well(self.world.now_ms(), AFTERMATH_MS) {
+                    self.world.fail("answers", format!("{}: a request is not answered", self.slot.name));
+                }
+                Ended::Unknown
+            }
         }
+    }
+
+    /// Whether everything is there that an answer takes: here, or at the site from which it arrives.
+    fn is_due(&self, served: &Served) -> bool {
+        let held = served.part.held.lock().clone();
+        let has_let_go = |part: Arc<Part>| {
+            let there = part.held.lock();
+            there.epoch == held.epoch && matches!(there.state, State::Released { .. })
+        };
+        let is_there = match &held.state {
+            State::Owned => true,
+            State::Arriving { from } => self
+                .sites
+                .iter()
+                .filter(|site| site.name == *from)
+                .any(|site| self.slot.part(site.side).is_some_and(has_let_go) && site.serves(&self.slot).is_some()),
+            _ => false,
+        };
+        is_there && self.slot.is_current(&served.part)
     }
 
     /// An error is right only while something is wrong.
@@ -142,8 +171,7 @@ impl Guest {
         if matches!(error, VolumeError::SyncFailed { .. }) && served.process.side == Side::Destination {
             served.process.needs_operator.set();
         }
-        let is_right = self.slot.is_current(&served.part) && served.part.is_owner();
-        if is_right && self.world.was_well(self.world.now_ms(), AFTERMATH_MS) {
+        if self.is_due(served) && self.world.was_well(self.world.now_ms(), AFTERMATH_MS) {
             self.world.fail("errors", format!("{}: {what} failed though nothing was wrong: {error}", self.slot.name));
         }
     }

@@ -21,6 +21,8 @@ pub struct Model {
     clock: u64,
     /// When the reads that are under way began.
     reads: BTreeSet<u64>,
+    /// When what never arrived was given up last.
+    forgotten: u64,
 }
 
 #[derive(Clone, Default)]
@@ -115,7 +117,7 @@ impl Cell {
 
 impl Model {
     pub fn new(content: Vec<u8>) -> Model {
-        Model { base: content, hot: BTreeMap::new(), clock: 1, reads: BTreeSet::new() }
+        Model { base: content, hot: BTreeMap::new(), clock: 1, reads: BTreeSet::new(), forgotten: 0 }
     }
 
     pub fn size_bytes(&self) -> u64 {
@@ -236,6 +238,7 @@ impl Model {
 
     /// What never arrived was given up: it reads as zeros, or as what it was if it did arrive.
     pub fn forget_absent(&mut self) {
+        self.forgotten = self.now();
         for at in 0..self.base.len() / CELL {
             let tag = tag_of(&self.base[at * CELL..(at + 1) * CELL]).unwrap_or_default();
             if tag == 0 && !self.hot.contains_key(&at) {
@@ -253,6 +256,9 @@ impl Model {
     /// Whether a read that began at `began` may have found this.
     pub fn check_read(&mut self, offset: u64, data: &[u8], began: u64) -> Result<(), String> {
         let cells = cells_of(offset, data.len() as u64);
+        if cells.end * CELL > self.base.len() {
+            return Err(format!("byte {offset} is behind the end of what is known of it"));
+        }
         let first = cells.start;
         let mut at = cells.start;
         let mut cooled = Vec::new();
@@ -270,7 +276,8 @@ impl Model {
                     allowed.iter().map(|tag| format!("{tag:#x}")).collect::<Vec<_>>().join(" or ")
                 ));
             };
-            if cell.writes.iter().all(|write| write.end < began) {
+            // A read that began before may have found what came and was not kept.
+            if self.forgotten < began && cell.writes.iter().all(|write| write.end < began) {
                 if let Some(seen) = cell.seen.filter(|seen| *seen != found) {
                     let at = hot * CELL;
                     return Err(format!("byte {at}: {seen:#x} was read before, {found:#x} now, and nobody wrote"));

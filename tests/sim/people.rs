@@ -3,10 +3,10 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use blockferry::handover::{No, State, Verb};
+use blockferry::handover::{Epoch, No, State, Verb};
 use parking_lot::Mutex;
 use tokio::task::JoinHandle;
 
@@ -95,10 +95,11 @@ impl People {
         let site = self.any_site();
         let part = self.slot.part(site.side).ok_or("nothing is there")?;
         let discard = self.world.percent(50);
-        if discard {
-            part.may_discard.store(true, Ordering::Relaxed);
-        }
-        let told = self.operator().tell(&site, Verb::Cancel { discard }).await?;
+        let verb = Verb::Cancel { discard };
+        let told = match discard {
+            true => self.tell(&site, &part.may_discard, verb).await?,
+            false => self.operator().tell(&site, verb).await?,
+        };
         if let Err(No::Written(_)) = told
             && !part.may_be_written.load(Ordering::Relaxed)
             && self.slot.is_current(&part)
@@ -111,29 +112,25 @@ impl People {
     async fn remove(&self) -> Result<(), String> {
         let site = self.any_site();
         let part = self.slot.part(site.side).ok_or("nothing is there")?;
-        part.may_go.store(true, Ordering::Relaxed);
-        self.slot.is_decided.set();
-        self.operator().tell(&site, Verb::Remove).await?.map(drop).map_err(|no| no.to_string())
+        self.tell(&site, &part.may_go, Verb::Remove).await?.map(drop).map_err(|no| no.to_string())
+    }
+
+    /// Says something that permits what is forbidden otherwise. Who is refused has permitted nothing; if the site dies over it, nobody knows.
+    async fn tell(&self, site: &Site, permits: &AtomicU32, verb: Verb) -> Result<Result<Epoch, No>, String> {
+        permits.fetch_add(1, Ordering::Relaxed);
+        let told = self.operator().tell(site, verb).await;
+        if let Ok(Err(_)) = told {
+            permits.fetch_sub(1, Ordering::Relaxed);
+        }
+        told
     }
 
     async fn reclaim(&self) -> Result<(), String> {
         let site = self.any_site();
         let part = self.slot.part(site.side).ok_or("nothing is there")?;
         let epoch = part.held.lock().epoch;
-        self.decide(&part);
-        self.operator()
-            .tell(&site, Verb::Reclaim { epoch, salt: self.world.below(1 << 16) as u16 })
-            .await?
-            .map(drop)
-            .map_err(|no| no.to_string())
-    }
-
-    /// From here on what never arrived may read as zeros.
-    fn decide(&self, part: &Part) {
-        self.slot.is_decided.set();
-        if !part.held.lock().state.is_complete() {
-            part.model.lock().forget_absent();
-        }
+        let verb = Verb::Reclaim { epoch, salt: self.world.below(1 << 16) as u16 };
+        self.tell(&site, &part.may_reclaim, verb).await?.map(drop).map_err(|no| no.to_string())
     }
 
     /// An image under the name: one that lies there, or another one.
@@ -150,7 +147,6 @@ impl People {
         if site.file(&path).is_none() || self.world.percent(60) {
             site.files.lock().insert(path.clone(), self.another_image(None));
         }
-        self.slot.is_decided.set();
         self.operator().add(&site, &path).await
     }
 
@@ -245,12 +241,8 @@ impl People {
                 (held.state.clone(), held.epoch)
             };
             if matches!(state, State::Asking { .. } | State::Arriving { .. } | State::GivingBack { .. }) {
-                self.decide(&part);
-                let operator = self.operator();
-                let told = operator.tell(
-                    &self.sites[part.side as usize],
-                    Verb::Reclaim { epoch, salt: self.world.below(1 << 16) as u16 },
-                );
+                let verb = Verb::Reclaim { epoch, salt: self.world.below(1 << 16) as u16 };
+                let told = self.tell(&self.sites[part.side as usize], &part.may_reclaim, verb);
                 let told = tokio::time::timeout(Duration::from_secs(20), told).await;
                 self.world.say(|| format!("{}: reclaimed at the {:?}: {told:?}", self.slot.name, part.side));
             }

@@ -20,7 +20,7 @@ impl Random {
 
     /// `least` to `most`, both possible.
     pub fn between(&mut self, least: u64, most: u64) -> u64 {
-        least + self.below(most - least + 1)
+        least + self.below((most + 1).saturating_sub(least))
     }
 
     /// True in so many of a hundred cases.

@@ -89,8 +89,12 @@ impl Referee {
             may_be_written: Default::default(),
             may_discard: Default::default(),
             may_go: Default::default(),
+            may_reclaim: Default::default(),
             is_over: Flag::default(),
         };
+        if lineage != 0 && !slot.has_begun.set() {
+            slot.is_decided.set();
+        }
         if lineage != 0 {
             // A person said so although others may have it.
             let others = slot.parts().into_iter().map(|part| part.lineage.load(Ordering::Relaxed));
@@ -104,6 +108,10 @@ impl Referee {
         let is_decided = now.epoch.term() > before.epoch.term();
         if is_decided && now.state.is_owner() {
             self.reclaimed.lock().insert(lineage);
+            slot.is_decided.set();
+            if part.may_reclaim.load(Ordering::Relaxed) == 0 {
+                self.fail(part.side, slot, "it was reclaimed, and nobody said so".into());
+            }
         }
         if now.epoch < before.epoch {
             self.fail(part.side, slot, format!("epoch {:?} follows {:?}", now.epoch, before.epoch));
@@ -118,7 +126,7 @@ impl Referee {
                 *part.released.lock() = Some(model.clone());
             }
             (State::Owned | State::Arriving { .. }, State::GivingBack { .. })
-                if part.was_written.load(Ordering::Relaxed) && !part.may_discard.load(Ordering::Relaxed) =>
+                if part.was_written.load(Ordering::Relaxed) && part.may_discard.load(Ordering::Relaxed) == 0 =>
             {
                 self.fail(part.side, slot, "guests wrote, and it is given back though nobody said so".into());
             }
@@ -130,7 +138,7 @@ impl Referee {
             (State::GivingBack { is_complete: false, .. } | State::Fenced { is_complete: false, .. }, State::Owned) => {
                 part.model.lock().forget_absent()
             }
-            (_, State::Fenced { .. }) if !self.was_reclaimed(lineage) && lineage != 0 => {
+            (_, State::Fenced { .. }) if !self.was_reclaimed(lineage) && lineage != 0 && !slot.is_decided.is_set() => {
                 self.fail(part.side, slot, "it is fenced, and nobody reclaimed it".into());
             }
             _ => {}
@@ -167,8 +175,26 @@ impl Referee {
         let Some((slot, part)) = self.slots.get(name).and_then(|slot| Some((slot, slot.part(side)?))) else { return };
         self.world.say(|| format!("{} at the {side:?}: gone", slot.name));
         self.world.note("gone", [(side as u64) << 8 | slot.number, 0, 0]);
-        if part.is_owner() && !part.may_go.load(Ordering::Relaxed) {
-            self.fail(side, slot, "its owner dropped it, and nobody said so".into());
+        if part.is_owner() {
+            if part.may_go.load(Ordering::Relaxed) == 0 {
+                self.fail(side, slot, "its owner dropped it, and nobody said so".into());
+            }
+            slot.is_decided.set();
+        }
+        if part.may_reclaim.load(Ordering::Relaxed) > 0 {
+            // Who is asked for it may let go of it yet: for nobody.
+            slot.is_decided.set();
+        }
+        let epoch = part.held.lock().epoch;
+        let has_let_go = |other: &Arc<Part>| match &*other.held.lock() {
+            Held { state: State::Released { to, is_completed: false }, epoch: at, .. } => {
+                *at == epoch && self.sites.get(to) == Some(&side)
+            }
+            _ => false,
+        };
+        let is_decided = part.may_reclaim.load(Ordering::Relaxed) > 0;
+        if !part.is_owner() && !is_decided && slot.parts().iter().any(has_let_go) {
+            self.fail(side, slot, "it was let go of for this site, which dropped it, and nobody said so".into());
         }
         slot.set_part(side, None);
         part.is_over.set();

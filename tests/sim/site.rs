@@ -8,7 +8,8 @@ use std::time::Duration;
 use blockferry::core::ids::Name;
 use blockferry::core::scheduler::Limits;
 use blockferry::fetch::{Fetch, PeerKey};
-use blockferry::image::{Image, ImageError};
+use blockferry::handover::State as HeldState;
+use blockferry::image::{Identity, Image, ImageError};
 use blockferry::node::record::VolumeRecord;
 use blockferry::node::{Inventory, InventoryParts, Outside};
 use blockferry::source::{Catalog, Hasher, SourceOptions, serve_link};
@@ -134,6 +135,9 @@ impl Site {
                         self.referee.dropped(self.side, &name);
                     }
                 }
+                StateChange::DeletePrefix { prefix } if prefix.starts_with(b"vol/") => {
+                    self.world.fail("rows", "records were deleted without a word about which".into());
+                }
                 _ => {}
             }
         }
@@ -152,6 +156,7 @@ impl Site {
     pub async fn start(self: &Arc<Self>, process: &Arc<Process>) -> Arc<Life> {
         let life = Life::new(self, process);
         *self.life.lock() = Some(Arc::clone(&life));
+        let is_state_failing = self.world.weather.lock().is_state_failing;
         let started = tokio::select! {
             biased;
             () = process.death.wait() => Ok(()),
@@ -162,8 +167,27 @@ impl Site {
         {
             self.world.fail("restart", format!("the {:?} cannot be started: {error}", self.side));
         }
+        if process.is_alive() && !is_state_failing && !self.world.weather.lock().is_state_failing {
+            self.look_at_what_came_back(&life);
+        }
         life.spawn(Arc::clone(&life).look_after());
         life
+    }
+
+    /// A volume whose image is the one that it was is served again after every crash.
+    fn look_at_what_came_back(&self, life: &Life) {
+        for entry in life.inventory.entries() {
+            let record = entry.record();
+            let Err(why) = entry.volume() else { continue };
+            let file = self.file(&record.image.display().to_string());
+            let is_it = file
+                .is_some_and(|file| matches!(record.noted, Some(Identity::File { inode, .. }) if inode == file.inode));
+            let is_asked_for =
+                matches!(record.held.state, HeldState::Asking { .. } | HeldState::GivingBack { was_owner: false, .. });
+            if is_it && !is_asked_for {
+                self.world.fail("restart", format!("{} at the {:?} is not served: {why}", record.name, self.side));
+            }
+        }
     }
 
     /// After the death of a process: what is left.
@@ -357,7 +381,7 @@ impl Outside for Life {
         let path = record.image.display().to_string();
         let noted = record.noted.clone().or_else(|| volume.and_then(|volume| volume.image().identity().ok()));
         let is_it = |file: &Arc<DiskFile>| match &noted {
-            Some(blockferry::image::Identity::File { inode, .. }) => *inode == file.inode,
+            Some(Identity::File { inode, .. }) => *inode == file.inode,
             _ => false,
         };
         let mut files = self.site.files.lock();

@@ -1,7 +1,7 @@
 //! A volume's name, and what each site has of it: by its journal, and by the bytes that it may hold. Must not know how sites work.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
 use blockferry::core::ids::{Incarnation, Name};
 use blockferry::handover::Held;
@@ -19,8 +19,10 @@ pub struct Slot {
     parts: Mutex<[Option<Arc<Part>>; SIDES]>,
     /// Every block is at the destination, by its own journal.
     pub is_complete: Flag,
-    /// A person made a decision after which there may be no owner, or two.
+    /// A person's decision was carried out after which there may be no owner, or two.
     pub is_decided: Flag,
+    /// It was added once: who adds it again decides something.
+    pub has_begun: Flag,
 }
 
 /// A volume at one site, from its first row to its last.
@@ -38,9 +40,10 @@ pub struct Part {
     /// Whether a guest's write was acknowledged here since it came; and whether one may have happened.
     pub was_written: AtomicBool,
     pub may_be_written: AtomicBool,
-    /// A person said that writes may be thrown away; that it may go.
-    pub may_discard: AtomicBool,
-    pub may_go: AtomicBool,
+    /// So many people say that writes may be thrown away; that it may go; that the other side is lost. Who was refused says so no more.
+    pub may_discard: AtomicU32,
+    pub may_go: AtomicU32,
+    pub may_reclaim: AtomicU32,
     /// It owns the volume no more.
     pub is_over: Flag,
 }
@@ -60,7 +63,14 @@ pub struct Served {
 
 impl Slot {
     pub fn new(name: Name, number: u64) -> Slot {
-        Slot { name, number, parts: Mutex::default(), is_complete: Flag::default(), is_decided: Flag::default() }
+        Slot {
+            name,
+            number,
+            parts: Mutex::default(),
+            is_complete: Flag::default(),
+            is_decided: Flag::default(),
+            has_begun: Flag::default(),
+        }
     }
 
     /// What a site has of it.
