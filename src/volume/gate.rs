@@ -10,50 +10,29 @@ use crate::seeded_bugs::{Bug, is_planted};
 
 /// The writes under way, in the low half of the gate's state.
 const COUNT: u64 = (1 << 32) - 1;
-/// One fence that somebody holds; many may at a time.
-const FENCE: u64 = 1 << 32;
 /// Shut until somebody opens it: this site is not the owner.
 const SHUT: u64 = 1 << 63;
 /// Shut for good: the volume is gone.
 const SEALED: u64 = 1 << 62;
 
-/// Counts the writes under way; once closed, admits no more.
+/// Counts the writes under way; once shut, admits no more.
 ///
-/// Open means: neither shut, nor sealed, nor fenced. The three do not undo each other: who drops a fence opens only what that fence
-/// closed, never a gate that belongs to another site, and nothing opens a sealed one.
+/// Open means: neither shut nor sealed. Nothing opens a sealed one.
 #[derive(Debug, Default)]
 pub(super) struct WriteGate {
     state: AtomicU64,
     drained: Notify,
+    shut: Notify,
 }
 
 /// A write that was admitted.
 #[derive(Debug)]
 pub(super) struct Admitted(Arc<WriteGate>);
 
-/// No write is admitted while this lives. Dropped, it leaves the gate as it was before.
-#[derive(Debug)]
-#[must_use = "dropped, it admits writes again"]
-pub struct Fence(Arc<WriteGate>);
-
-impl Fence {
-    /// The gate stays shut until it is opened ([`super::Volume::unfence`]).
-    pub fn keep(self) {
-        // Before the drop takes the fence away: there is no moment in between at which it is open.
-        self.0.shut();
-    }
-}
-
-impl Drop for Fence {
-    fn drop(&mut self) {
-        self.0.state.fetch_sub(FENCE, Ordering::AcqRel);
-    }
-}
-
 impl WriteGate {
     pub(super) fn new(is_open: bool) -> WriteGate {
         let is_open = is_open || is_planted(Bug::GateOpenBeforeOwnership);
-        WriteGate { state: AtomicU64::new(if is_open { 0 } else { SHUT }), drained: Notify::new() }
+        WriteGate { state: AtomicU64::new(if is_open { 0 } else { SHUT }), drained: Notify::new(), shut: Notify::new() }
     }
 
     /// What is admitted goes along with the write itself, so that a client that hangs up does not end it early.
@@ -76,17 +55,26 @@ impl WriteGate {
     /// Admits nothing until it is opened. What was admitted may still be under way.
     pub(super) fn shut(&self) {
         self.state.fetch_or(SHUT, Ordering::AcqRel);
+        self.shut.notify_waiters();
     }
 
-    /// Admits nothing while the fence lives. What was admitted may still be under way: see [`WriteGate::drained`].
-    pub(super) fn fence(self: &Arc<Self>) -> Fence {
-        self.state.fetch_add(FENCE, Ordering::AcqRel);
-        Fence(Arc::clone(self))
+    /// Returns when it is not open: at once if it is not.
+    pub(super) async fn barred(&self) {
+        loop {
+            let shut = self.shut.notified();
+            tokio::pin!(shut);
+            shut.as_mut().enable();
+            if !self.is_open() {
+                return;
+            }
+            shut.await;
+        }
     }
 
     /// Admits nothing ever again.
     pub(super) fn seal(&self) {
         self.state.fetch_or(SEALED, Ordering::AcqRel);
+        self.shut.notify_waiters();
     }
 
     /// Returns when what was admitted has ended. Of use where nothing more is admitted.
@@ -102,7 +90,7 @@ impl WriteGate {
         }
     }
 
-    /// Undoes [`WriteGate::close`] and [`Fence::keep`].
+    /// Undoes [`WriteGate::shut`].
     pub(super) fn open(&self) {
         self.state.fetch_and(!SHUT, Ordering::AcqRel);
     }
@@ -180,42 +168,32 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_fence_opens_what_it_closed_and_nothing_else() {
+    async fn who_waits_for_a_gate_to_be_shut_hears_of_it() {
         let gate = Arc::new(WriteGate::new(true));
-        let (first, second) = (gate.fence(), gate.fence());
-        assert!(!gate.is_open() && gate.admit().is_none());
-        drop(first);
-        assert!(gate.admit().is_none(), "the other still holds");
-        // Who opens the gate meanwhile opens it behind the fence.
+        let under_way = gate.admit().expect("open");
+        let mut barred = std::pin::pin!(gate.barred());
+        assert!(futures::poll!(barred.as_mut()).is_pending());
+        gate.shut();
+        barred.await;
+        gate.barred().await;
+        drop(under_way);
         gate.open();
-        assert!(gate.admit().is_none());
-        drop(second);
-        assert!(gate.admit().is_some());
-        gate.fence().keep();
-        assert!(gate.admit().is_none(), "kept");
-        drop(gate.fence());
-        assert!(gate.admit().is_none(), "was shut before");
-        gate.open();
-        assert!(gate.admit().is_some());
-        let gate = Arc::new(WriteGate::new(false));
-        drop(gate.fence());
-        assert!(gate.admit().is_none(), "the volume is another site's");
+        assert!(futures::poll!(std::pin::pin!(gate.barred())).is_pending());
+        gate.seal();
+        gate.barred().await;
     }
 
     #[tokio::test]
-    async fn a_fence_waits_for_what_was_admitted_and_a_seal_is_for_good() {
+    async fn a_seal_is_for_good() {
         let gate = Arc::new(WriteGate::new(true));
         let under_way = gate.admit().expect("open");
-        let fence = gate.fence();
+        gate.seal();
         let mut drained = std::pin::pin!(gate.drained());
         assert!(futures::poll!(drained.as_mut()).is_pending());
         drop(under_way);
         drained.await;
-        gate.seal();
-        drop(fence);
         gate.open();
         assert!(!gate.is_open() && gate.admit().is_none());
-        gate.drained().await;
     }
 
     #[tokio::test]

@@ -41,7 +41,6 @@ use life::Life;
 
 pub use bulk::{BulkState, run_bulk};
 pub use error::VolumeError;
-pub use gate::Fence;
 pub use journal::{adopt_named, forget_strangers, was_written};
 pub use relocation::Relocation;
 pub use stats::{Moved, Reads, Snapshot};
@@ -245,27 +244,12 @@ impl Volume {
         self.flush().await
     }
 
-    /// As [`Volume::fence`], for as long as the fence lives. If this fails, or is dropped half-way, writes are admitted as they were before.
-    pub async fn fence_guarded(&self) -> Result<Fence, VolumeError> {
-        let fence = self.gate.fence();
-        self.gate.drained().await;
-        self.flush().await?;
-        Ok(fence)
-    }
-
     /// Makes everything durable while writes go on, and tells how long that took: about as long as a fence would now hold them up. To be
     /// repeated before a fence until that is short.
     pub async fn presync(&self) -> Result<Duration, VolumeError> {
         let begun = tokio::time::Instant::now();
         self.flush().await?;
         Ok(begun.elapsed())
-    }
-
-    /// Asks the kernel to begin writing what is dirty, without waiting: the next sync takes less time.
-    pub fn begin_writeback(&self) {
-        if !self.life.is_closed() {
-            self.image().begin_writeback();
-        }
     }
 
     /// Admits no write from now on. Those under way may go on: see [`Volume::drained`].
@@ -295,7 +279,7 @@ impl Volume {
         Ok(filled)
     }
 
-    /// Admits writes: this site is the owner. Not while somebody holds a [`Fence`], nor once it is closed.
+    /// Admits writes: this site is the owner. Not once it is closed.
     pub fn unfence(&self) {
         self.gate.open();
     }
@@ -692,7 +676,15 @@ impl Volume {
     /// A write that begins or ends within a sector needs the rest of that sector: its block is fetched first.
     async fn fill_torn_edges(&self, range: &Range<u64>) -> Result<(), VolumeError> {
         for block in self.torn_edges(range) {
-            relocation::make_resident(self, block).await?;
+            tokio::select! {
+                biased;
+                resident = relocation::make_resident(self, block) => resident?,
+                // Whoever gives the volume up waits for the writes that were admitted, and the block may never come. Nothing is written yet.
+                () = self.gate.barred() => {
+                    self.life.check()?;
+                    return Err(VolumeError::NotOwner { volume: self.name.clone() });
+                }
+            }
         }
         Ok(())
     }

@@ -410,6 +410,26 @@ async fn what_is_fetched_ahead_of_a_dead_link_holds_up_no_read() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_that_waits_for_a_dead_peer_holds_up_nobody_who_gives_the_volume_up() {
+    let sites = Sites::new();
+    let volume = sites.volume(true, None);
+    let writing = tokio::spawn({
+        let volume = Arc::clone(&volume);
+        async move { volume.write(5 * BLOCK + 100, vec![1; 100].into(), false).await }
+    });
+    let zeroing = tokio::spawn({
+        let volume = Arc::clone(&volume);
+        async move { volume.write_zeroes(7 * BLOCK + 100, 100, true, false).await }
+    });
+    until("both wait for their blocks", || volume.relocation().expect("relocating").waiting_demands() == 2).await;
+    volume.bar();
+    tokio::time::timeout(Duration::from_secs(20), volume.drained()).await.expect("nothing holds it up");
+    for refused in [writing.await.expect("ends"), zeroing.await.expect("ends")] {
+        assert!(matches!(refused, Err(VolumeError::NotOwner { .. })), "{refused:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_survives_a_killed_daemon() {
     let sites = Sites::new();
     let fault = sites.connect().await;
