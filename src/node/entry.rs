@@ -214,7 +214,7 @@ impl Entry {
         let rested = node.run_apart(move || {
             source.manifest.release()?;
             // Whoever asked may be gone, and guests be let in again.
-            marking.mark(&entry, || source.manifest.is_sealed());
+            marking.mark(&entry, true, || source.manifest.is_sealed());
             Ok::<(), SourceError>(())
         });
         let rested = rested.await.map_err(|error| No::Failed(Refusal::Internal, error))?;

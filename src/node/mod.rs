@@ -303,7 +303,7 @@ impl Node {
             // Nothing is written any more: whatever lies there at the next start is compared with this.
             volume.close();
             volume.closed().await;
-            self.mark(entry, || true);
+            self.mark(entry, false, || true);
         }
         self.links.lock().clear();
         self.endpoint.close("the site is shutting down");

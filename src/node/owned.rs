@@ -119,7 +119,7 @@ impl Inventory {
         let entry = self.make_complete(record.clone(), image).map_err(|error| format!("{error:#}"))?;
         self.records.save(&record).map_err(|error| error.to_string())?;
         // Nobody has it yet.
-        self.mark(&entry, || true);
+        self.mark(&entry, false, || true);
         if let Some(why) = self.is_read_only(&entry) {
             tracing::warn!(volume = %record.name, why, "the volume is read-only");
         }
@@ -165,7 +165,10 @@ impl Inventory {
         if !record.held.state.is_complete() {
             let entry = self.open_arriving(record)?;
             // It is written from now on.
-            self.records.note_mark(entry.record().incarnation, None)?;
+            let incarnation = entry.record().incarnation;
+            if self.records.mark(incarnation)?.is_some() {
+                self.records.note_mark(incarnation, None)?;
+            }
             return Ok(entry);
         }
         let (image, content) = self.open_known(&mut record)?;
@@ -234,12 +237,12 @@ impl Inventory {
     }
 
     /// Notes what an image holds that rests, so that another one in its place is noticed; unless, as is asked in the end, it rests no more.
-    /// Blocking.
-    pub(super) fn mark(&self, entry: &Entry, still_rests: impl FnOnce() -> bool) {
+    /// `is_synced`: all that was written is on the disk. Blocking.
+    pub(super) fn mark(&self, entry: &Entry, is_synced: bool, still_rests: impl FnOnce() -> bool) {
         let Ok(volume) = entry.volume() else { return };
         let record = entry.record();
         // What is not synced may be gone after a power loss, and the mark would not fit.
-        let synced = if volume.image().is_writable() { volume.image().sync_data() } else { Ok(()) };
+        let synced = if volume.image().is_writable() && !is_synced { volume.image().sync_data() } else { Ok(()) };
         let marked = synced.and_then(|()| Mark::take(volume.image(), record.geometry.size_bytes));
         let marked = marked.map_err(|error| error.to_string());
         let noted = marked.and_then(|mark| {

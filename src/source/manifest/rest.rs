@@ -100,19 +100,23 @@ impl Manifest {
     /// The image rests: from here on it is static, any change is somebody else's. What is known may be believed after a restart.
     /// The caller has stopped writes and synced the image.
     pub fn seal(&self) -> Result<(), SourceError> {
+        self.rest()?;
+        self.write_stamp_row()
+    }
+
+    /// As [`Manifest::seal`], but what is known is not believed after a restart yet.
+    pub(super) fn rest(&self) -> Result<(), SourceError> {
         self.rows.check_open()?;
         self.sync()?;
         self.look()?;
         self.doubt_holes()?;
-        let stamp = self.image.stamp()?;
         let mut seal = self.seal.lock();
         if !self.is_sealed.load(Ordering::Acquire) {
             self.rows.delete_pages(seal.stale.iter().copied())?;
-            *seal = Seal { stamp, ..Seal::default() };
+            *seal = Seal { stamp: self.image.stamp()?, ..Seal::default() };
             self.is_sealed.store(true, Ordering::Release);
         }
-        drop(seal);
-        self.write_stamp_row()
+        Ok(())
     }
 
     /// As [`Manifest::seal`], for an image that a peer is about to own: what is announced from here on never changes, across restarts.
@@ -123,22 +127,23 @@ impl Manifest {
         }
         // Blocks that are not there any more could never be sent: said while the image is still this site's own.
         self.image.check_size()?;
-        self.seal()?;
-        let zeros: Vec<u64> = (0..self.geometry.pages())
-            .filter(|page| matches!(self.pages[*page as usize].load(Ordering::Acquire), ZERO | HOLE))
-            .collect();
-        self.rows.put_zero_pages(&zeros)?;
+        self.rest()?;
+        self.release_resting()
+    }
+
+    /// The second half of [`Manifest::release`]: whoever asked for it may have gone meanwhile, and guests were let in again; what they wrote
+    /// does not rest.
+    pub(super) fn release_resting(&self) -> Result<(), SourceError> {
+        // Held for all of it: the row of a page that is written from now on must not be one from before.
         let mut seal = self.seal.lock();
-        // Whoever asked for it may have gone meanwhile, and guests were let in again: what they wrote is not sealed.
         if !self.is_sealed.load(Ordering::Acquire) {
             return Err(SourceError::Written { volume: self.volume.clone() });
         }
         let mut told = self.told.lock();
-        // Of an earlier release.
-        let old: Vec<u64> = self.rows.told()?.into_iter().map(|(block, _)| block).collect();
-        self.rows.delete_told(old.into_iter())?;
+        let is_zero = |page: &u64| matches!(self.pages[*page as usize].load(Ordering::Acquire), ZERO | HOLE);
+        let zeros = (0..self.geometry.pages()).filter(is_zero);
+        self.rows.put_released(zeros, &Sealed { stamp: seal.stamp.clone(), geometry: self.geometry })?;
         *told = Told::default();
-        self.rows.put_sealed(&Sealed { stamp: seal.stamp.clone(), geometry: self.geometry }, true)?;
         seal.is_row_written = true;
         seal.device_writes = self.image.device_writes();
         self.is_suspect.store(false, Ordering::Release);
@@ -371,7 +376,7 @@ impl Manifest {
         if !is_wanted(&seal) || seal.stamp.as_ref() != Some(&stamp) {
             return Ok(());
         }
-        self.rows.put_sealed(&Sealed { stamp: Some(stamp), geometry: self.geometry }, false)?;
+        self.rows.put_sealed(&Sealed { stamp: Some(stamp), geometry: self.geometry })?;
         seal.is_row_written = true;
         Ok(())
     }

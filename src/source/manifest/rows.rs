@@ -5,6 +5,7 @@
 //! before its page was hashed).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
@@ -27,21 +28,32 @@ pub(super) struct Rows {
     volume: Name,
     prefix: String,
     db: Arc<dyn State>,
-    /// Held by whoever writes: who is gone cannot write.
-    is_closed: RwLock<bool>,
+    /// Looked at before every write of a guest.
+    is_closed: AtomicBool,
+    /// Held by whoever writes a row, so that none comes after the end.
+    writing: RwLock<()>,
 }
 
 impl Rows {
     pub(super) fn new(volume: Name, incarnation: Incarnation, db: Arc<dyn State>) -> Rows {
-        Rows { volume, prefix: format!("hash/{incarnation}/"), db, is_closed: RwLock::new(false) }
+        Rows {
+            volume,
+            prefix: format!("hash/{incarnation}/"),
+            db,
+            is_closed: AtomicBool::new(false),
+            writing: RwLock::new(()),
+        }
     }
 
+    /// Nothing is written once this returns.
     pub(super) fn close(&self) {
-        *self.is_closed.write() = true;
+        self.is_closed.store(true, Ordering::Release);
+        // Who saw that it was open holds this.
+        drop(self.writing.write());
     }
 
     pub(super) fn is_closed(&self) -> bool {
-        *self.is_closed.read()
+        self.is_closed.load(Ordering::Acquire)
     }
 
     pub(super) fn check_open(&self) -> Result<(), SourceError> {
@@ -75,10 +87,10 @@ impl Rows {
         Ok(row.and_then(|row| serde_json::from_slice(&row).ok()))
     }
 
-    pub(super) fn put_sealed(&self, sealed: &Sealed, is_synced: bool) -> Result<(), SourceError> {
+    pub(super) fn put_sealed(&self, sealed: &Sealed) -> Result<(), SourceError> {
         let mut batch = StateBatch::default();
         batch.put(self.key("stamp"), serde_json::to_vec(sealed).unwrap_or_default());
-        self.write(batch, is_synced)
+        self.write(batch, false)
     }
 
     pub(super) fn delete_sealed(&self) -> Result<(), SourceError> {
@@ -120,13 +132,13 @@ impl Rows {
         self.write(batch, false)
     }
 
-    /// Rows for pages of zeros.
-    pub(super) fn put_zero_pages(&self, pages: &[u64]) -> Result<(), SourceError> {
+    /// What holds from a release on, durably: rows for the pages of zeros, and none of what was told of an earlier release.
+    pub(super) fn put_released(&self, zeros: impl Iterator<Item = u64>, sealed: &Sealed) -> Result<(), SourceError> {
         let mut batch = StateBatch::default();
-        for page in pages {
-            batch.put(self.indexed("page/", *page), vec![0; 32]);
-        }
-        self.write(batch, false)
+        zeros.for_each(|page| batch.put(self.indexed("page/", page), vec![0; 32]));
+        batch.delete_prefix(self.key("told/"));
+        batch.put(self.key("stamp"), serde_json::to_vec(sealed).unwrap_or_default());
+        self.write(batch, true)
     }
 
     pub(super) fn delete_pages(&self, pages: impl Iterator<Item = u64>) -> Result<(), SourceError> {
@@ -160,10 +172,11 @@ impl Rows {
     }
 
     fn write(&self, batch: StateBatch, is_synced: bool) -> Result<(), SourceError> {
-        let is_closed = self.is_closed.read();
-        if *is_closed {
-            return Err(SourceError::Gone { volume: self.volume.clone() });
+        if batch.is_empty() {
+            return Ok(());
         }
+        let _writing = self.writing.read();
+        self.check_open()?;
         self.db.write_batch(batch, is_synced).map_err(|source| self.failed(source))
     }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use super::rest::TIMESTAMP_GRAIN;
 use super::*;
 use crate::image::Stamp;
-use crate::store::{MemoryState, StateBatch, StateError};
+use crate::store::MemoryState;
 
 const INCARNATION: Incarnation = Incarnation([7; 16]);
 
@@ -432,48 +432,15 @@ fn what_comes_back_and_is_written_is_announced_anew() {
     assert_eq!(serve(&manifest, 2), Ok(BlockId::of(&[7; BLOCK as usize])));
 }
 
-/// A state in which something happens just before a batch is written.
-struct Interrupted {
-    state: Arc<MemoryState>,
-    before_write: Mutex<Option<Box<dyn FnOnce() + Send>>>,
-}
-
-impl State for Interrupted {
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StateError> {
-        self.state.get(key)
-    }
-    fn multi_get(&self, keys: &[&[u8]]) -> Result<Vec<Option<Vec<u8>>>, StateError> {
-        self.state.multi_get(keys)
-    }
-    fn scan(&self, prefix: &[u8], visit: &mut dyn FnMut(&[u8], &[u8]) -> bool) -> Result<(), StateError> {
-        self.state.scan(prefix, visit)
-    }
-    fn write_batch(&self, batch: StateBatch, sync: bool) -> Result<(), StateError> {
-        let happens = self.before_write.lock().take();
-        if let Some(happens) = happens {
-            happens();
-        }
-        self.state.write_batch(batch, sync)
-    }
-    fn sync(&self) -> Result<(), StateError> {
-        self.state.sync()
-    }
-}
-
 /// The hand-over is withdrawn while its release is under way, and a guest that is let in again writes.
 #[test]
 fn a_release_that_a_guest_overtook_releases_nothing_and_the_next_one_announces_what_is_there() {
     let lab = Lab::new();
-    let state = Arc::new(Interrupted { state: Arc::clone(&lab.state), before_write: Mutex::default() });
-    let image = Arc::new(Image::open_write(&lab.path()).expect("opens"));
-    let geometry = Geometry::new(SIZE, BLOCK).expect("a geometry");
-    let kept = Arc::clone(&state) as Arc<dyn State>;
-    let name = "vm".parse().expect("a name");
-    let manifest = Arc::new(Manifest::open(name, INCARNATION, image, geometry, kept, false).expect("opens"));
+    let manifest = Arc::new(lab.open());
     hash_all(&manifest);
-    let guest = Arc::clone(&manifest);
-    *state.before_write.lock() = Some(Box::new(move || write(&guest, 2 * BLOCK, &[7; BLOCK as usize])));
-    assert!(matches!(manifest.release(), Err(SourceError::Written { .. })));
+    manifest.rest().expect("rests");
+    write(&manifest, 2 * BLOCK, &[7; BLOCK as usize]);
+    assert!(matches!(manifest.release_resting(), Err(SourceError::Written { .. })));
     assert!(!manifest.is_released() && !manifest.is_sealed());
     // The guest goes on, and the next hand-over comes about.
     write(&manifest, 3 * BLOCK, &[8; BLOCK as usize]);
@@ -574,11 +541,11 @@ fn rows_are_what_the_document_says() {
     let (mtime_ns, ctime_ns) = (1_700_000_000_123_456_789, 1_700_000_000_987_654_321);
     let stamp = Stamp { device: 2049, inode: 1_048_577, size_bytes: 57344, mtime_ns, ctime_ns };
     let sealed = rows::Sealed { stamp: Some(stamp.clone()), geometry };
-    rows.put_sealed(&sealed, false).expect("writes");
+    rows.put_sealed(&sealed).expect("writes");
     let read = rows.sealed().expect("reads").expect("is there");
     assert_eq!((read.stamp, read.geometry), (Some(stamp), geometry));
     check("stamp, a file");
-    rows.put_sealed(&rows::Sealed { stamp: None, geometry }, false).expect("writes");
+    rows.put_sealed(&rows::Sealed { stamp: None, geometry }).expect("writes");
     assert!(rows.sealed().expect("reads").expect("is there").stamp.is_none());
     check("stamp, a device");
     let page = Page::new(vec![BlockId([0x11; 32]), BlockId::ZERO]);
@@ -586,10 +553,15 @@ fn rows_are_what_the_document_says() {
     assert_eq!(rows.page_ids().expect("reads"), [(5, page.id())]);
     assert_eq!(rows.page(PageIndex(5), 2).expect("reads").expect("is there").id(), page.id());
     check("page of two blocks");
-    rows.put_zero_pages(&[6]).expect("writes");
+    rows.put_page(PageIndex(6), &Page::new(vec![BlockId::ZERO])).expect("writes");
     assert_eq!(rows.page_ids().expect("reads"), [(6, PageId([0; 32]))]);
     check("page of zeros");
     rows.put_told(0x0102, BlockId([0x11; 32])).expect("writes");
     assert_eq!(rows.told().expect("reads"), [(0x0102, BlockId([0x11; 32]))]);
     check("told");
+    rows.put_told(0x0102, BlockId([0x11; 32])).expect("writes");
+    rows.put_released([6].into_iter(), &sealed).expect("writes");
+    assert_eq!(rows.page_ids().expect("reads"), [(6, PageId([0; 32]))], "as a page that was hashed");
+    assert!(rows.told().expect("reads").is_empty(), "that was an earlier release");
+    assert!(rows.sealed().expect("reads").is_some());
 }
