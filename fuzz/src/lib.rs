@@ -1,5 +1,5 @@
-//! What the fuzz targets need of blockferry, and no more: the NBD protocol and its server, compiled from the same files
-//! but without the content store, whose database takes half an hour to build with a sanitizer.
+//! What the fuzz targets need of blockferry, and no more: the NBD protocol and its server, the wire between sites, the rows of the
+//! state database; compiled from the same files, but without RocksDB, which takes half an hour to build with a sanitizer.
 //!
 //! The targets' bodies are in [`targets`], which an ordinary test of blockferry (`tests/nbd`) compiles too.
 

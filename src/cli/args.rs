@@ -41,8 +41,10 @@ pub(super) enum Verb {
     Volume(VolumeVerb),
     /// Bring volumes here: said at the destination. Each is served at once, on demand, and copied meanwhile.
     ///
-    /// This command ends when the volumes are owned here (with --wait: when all of them is here), or when it is certain
-    /// that one will not be. What several of them have in common is fetched once. Copies go on in the daemon.
+    /// This command ends when it is settled for each volume: it is owned and served here (with --wait: all of it is
+    /// here), or it will not be, and then the exit status is 1. A hand-over that is not settled 30 s after its --timeout
+    /// is not waited for any longer: the exit status is 1, too, and `blockferry status` tells what becomes of it. What
+    /// several volumes have in common is fetched once. Copies go on in the daemon, whether somebody waits or not.
     #[command(after_help = "Examples:\n  \
         blockferry relocate site-b/web-01 --image /srv/web-01.raw --wait\n  \
         blockferry relocate site-b/web-01 site-b/web-02 --bulk-rate 50Mbit/s\n  \
@@ -155,7 +157,7 @@ pub(super) enum PeerVerb {
     /// A person's decision: a peer whose state was copied or restored is turned away here, since two sites with
     /// one identity would write the same volumes. Stop the wrong one first.
     #[command(after_help = "Example:\n  blockferry peer accept site-b")]
-    Accept(NamedArgs),
+    Accept(PeerArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -211,6 +213,14 @@ pub(super) struct NamedArgs {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct PeerArgs {
+    /// The peer, by its name in the daemon's configuration.
+    pub name: Name,
+    #[command(flatten)]
+    pub daemon: DaemonArgs,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct CancelArgs {
     /// The volume.
     pub name: Name,
@@ -257,7 +267,8 @@ pub(super) struct RelocateArgs {
     /// Relocate the volumes that this file lists.
     #[arg(long, value_name = "FILE")]
     pub fleet: Option<PathBuf>,
-    /// The raw file to make, if a single volume is relocated [default: the daemon chooses].
+    /// The raw file to make, or the block device to fill, if a single volume is relocated [default: volumes/NAME.raw in
+    /// the daemon's state directory].
     #[arg(long, value_name = "PATH", conflicts_with = "fleet")]
     pub image: Option<PathBuf>,
     /// Fetch only what is read; copy nothing meanwhile.
@@ -272,10 +283,11 @@ pub(super) struct RelocateArgs {
     /// Write onto a device although it holds something, such as a file system; all of it is lost.
     #[arg(long)]
     pub overwrite: bool,
-    /// How long the hand-over of ownership may take; after that it is withdrawn on both sides [default: 5min].
+    /// How long the hand-over of ownership may take; then it is withdrawn: the volume stays, or becomes again, its
+    /// source's [default: 5min].
     #[arg(long, value_name = "SPAN", value_parser = parse_timeout)]
     pub timeout: Option<Span>,
-    /// Follow the relocations until all have arrived; exit 1 if one failed.
+    /// Follow each relocation until all of it is here, or it has failed, however long that takes; exit 1 if one failed.
     #[arg(long)]
     pub wait: bool,
     /// Report as JSON.

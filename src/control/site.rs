@@ -73,7 +73,7 @@ pub struct RelocateRequest {
     pub peer: Name,
     /// What it is called, there and here.
     pub volume: Name,
-    /// The absolute path of the raw file to make; without one, the site chooses.
+    /// The absolute path of the raw file to make, or of the block device to fill; without one, the site makes a file.
     #[serde(default)]
     pub image: Option<PathBuf>,
     /// Whether to copy what no guest asks for.
@@ -88,8 +88,8 @@ pub struct RelocateRequest {
     /// Overwrite what the image, a device, holds.
     #[serde(default)]
     pub overwrite: bool,
-    /// How long the hand-over may take, before it is withdrawn on both sides; without one, the site chooses
-    /// ([`DEFAULT_HANDOVER_TIMEOUT`]). More than 0.
+    /// How long the hand-over may take, before it is withdrawn: the source is told until it answers, and owns the volume from then on.
+    /// Without one, the site chooses ([`DEFAULT_HANDOVER_TIMEOUT`]). More than 0.
     #[serde(default)]
     pub timeout_s: Option<f64>,
 }

@@ -108,7 +108,8 @@ pub struct VolumeStatus {
     pub phase: Phase,
     /// What is being waited for, or what failed; may be empty.
     pub phase_reason: String,
-    /// The one site where it may be written.
+    /// The site where it may be written, as far as this one knows. While the volume is asked for, or given back: the source, which may
+    /// not have answered yet.
     pub owner: Name,
     /// Counts the changes of ownership.
     pub epoch: u64,
@@ -120,7 +121,7 @@ pub struct VolumeStatus {
     pub block_size_bytes: u32,
     /// How many blocks are where.
     pub blocks: BlockCounts,
-    /// Blocks whose id is known; only at the source.
+    /// Blocks whose ids are known, by whole pages of 1,024; only where all of the volume is here and its image is open.
     pub hashed_blocks: Option<u64>,
     /// What guests read, by where it came from.
     pub reads: ReadBytes,
@@ -153,9 +154,9 @@ pub struct VolumeStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// The image is ours; a peer may come for it.
+    /// The volume is this site's own, also after a `reclaim`, or was handed over from here.
     Source,
-    /// It comes, or came, from a peer.
+    /// It comes, or came, from a peer, or is a peer's by a person's decision.
     Destination,
 }
 
@@ -212,18 +213,19 @@ impl Phase {
     }
 }
 
-/// Blocks of a volume by residency: `total = absent + present + written`.
+/// Blocks of a volume by residency: `total = absent + present + written`. Writes to a block that is here already do not count; of a volume
+/// all of which is here, every block is `present`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockCounts {
     /// All of them.
     pub total: u64,
     /// Still to come; those that the guest wrote in part are among them.
     pub absent: u64,
-    /// Fetched, or there from the start.
+    /// Fetched whole, or there from the start.
     pub present: u64,
-    /// Written by the guest.
+    /// Here, and a guest wrote to them before they had arrived.
     pub written: u64,
-    /// Absent but for some sectors that the guest wrote.
+    /// Absent but for some sectors that a guest wrote.
     pub partial: u64,
 }
 

@@ -113,7 +113,7 @@ impl ResidentBits {
         all
     }
 
-    /// Whether the block was completed by the guest's writing, not by fetching.
+    /// Whether a guest wrote to the block before it was resident, to some of it or to all. What is written to it afterwards changes nothing.
     pub fn is_written(&self, block: BlockIndex) -> bool {
         self.written[block.0 as usize]
     }
@@ -123,7 +123,7 @@ impl ResidentBits {
         self.absent.load(Ordering::Acquire)
     }
 
-    /// How many resident blocks the guest wrote.
+    /// How many resident blocks [`ResidentBits::is_written`].
     pub fn written(&self) -> u64 {
         self.written_count.load(Ordering::Relaxed)
     }
@@ -167,9 +167,9 @@ pub enum Merge {
 pub enum Presence {
     /// At the source.
     Absent,
-    /// Here, as they were at the source.
+    /// Here, and fetched whole. Guests may have written to them since.
     Present,
-    /// Here, and a guest wrote some of them since.
+    /// Here, and a guest wrote to them before they had arrived.
     Written,
     /// What a guest wrote of them is here, the rest at the source.
     PartlyWritten,
@@ -223,7 +223,7 @@ impl Residency {
         self.partial.get(&block.0)
     }
 
-    /// Whether the guest wrote anything at all into this volume.
+    /// Whether a guest wrote to any block that was absent.
     pub fn has_guest_writes(&self) -> bool {
         self.bits.written() > 0 || !self.partial.is_empty()
     }
@@ -403,7 +403,7 @@ const ROW_VERSION: u8 = 2;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("residency chunk {chunk}: {why}")]
 pub struct BadChunk {
-    /// Which 1,024 blocks.
+    /// Which [`CHUNK_BLOCKS`] blocks.
     pub chunk: u64,
     /// What is wrong.
     pub why: &'static str,

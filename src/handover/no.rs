@@ -103,7 +103,8 @@ impl No {
         match self {
             No::InUse(_) => "disconnect them, or say --take: their writes fail from then on".into(),
             No::Written(_) => format!(
-                "let it complete and relocate it back, or throw the writes away: `blockferry cancel {volume} --discard-writes`"
+                "let it complete, `blockferry volume remove {volume}` at its source and relocate it back there, or throw the \
+                 writes away: `blockferry cancel {volume} --discard-writes`"
             ),
             No::Needed(to) => format!(
                 "wait until {to} says that it is complete, cancel the relocation there, or, if {to} is lost for good, \

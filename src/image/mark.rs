@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::identity::{Identity, Sameness};
 use super::{Image, ImageError};
 
-/// Samples of one image at most.
+/// Samples of one image at most, without the one at its end.
 const SAMPLES: u64 = 64;
 /// Bytes of one.
 const SAMPLE_BYTES: u64 = 4096;
@@ -79,7 +79,7 @@ pub fn judge(noted: &Noted, now: &Identity, mark: Option<&Mark>) -> Result<Verdi
 }
 
 impl Mark {
-    /// Reads the samples of the first `size_bytes` of an image. Blocking: up to 64 small reads.
+    /// Reads the samples of the first `size_bytes` of an image. Blocking: up to 65 small reads.
     pub fn take(image: &Image, size_bytes: u64) -> Result<Mark, ImageError> {
         let mut hasher = blake3::Hasher::new();
         let mut buf = vec![0; SAMPLE_BYTES as usize];

@@ -53,7 +53,7 @@ pub trait Export: Send + Sync + 'static {
     fn size_bytes(&self) -> u64;
 
     /// Whether clients are told that writes will be refused, asked once a handshake. Where it may change while a client
-    /// is connected (a volume before its hand-over), say `false` and answer writes with [`NbdErrno::Perm`].
+    /// is connected (a volume that is handed over), say `false` and answer writes with [`NbdErrno::Perm`].
     fn is_read_only(&self) -> bool;
 
     /// For people, at most 4096 bytes.

@@ -53,7 +53,7 @@ pub const RESIDENCY: &str = "blockferry:residency";
 /// In [`RESIDENCY`]: bytes of these blocks are still at the source. A read of them has to fetch.
 pub const RESIDENCY_ABSENT: u32 = 1;
 
-/// In [`RESIDENCY`]: a guest wrote to these blocks since the hand-over.
+/// In [`RESIDENCY`]: a guest wrote to these blocks before they had arrived.
 pub const RESIDENCY_WRITTEN: u32 = 2;
 
 fn flags_of(presence: Presence) -> u32 {

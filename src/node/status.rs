@@ -49,6 +49,10 @@ impl RateMeter {
 }
 
 /// Who is who in a relocation, as seen from this site.
+///
+/// Owned here, and still what came from a peer: this site is the destination; owned otherwise, or handed over from here: the source.
+/// A fenced site counts as a destination, of whoever decided. The owner is the one that this site knows of: while a volume is asked for or
+/// given back the source, although it may not have answered yet.
 struct Sides {
     role: Role,
     owner: Name,

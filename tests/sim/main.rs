@@ -1,5 +1,5 @@
-//! Deterministic simulation: both sites' volume, fetch, scheduler and source logic over a disk, a network and a clock of chance. One
-//! number drives everything. docs/architecture.md says what is real in it and what is not.
+//! Deterministic simulation: the volume, fetch, scheduler, source and ownership logic of two or three sites over a disk, a network and a
+//! clock of chance. One number drives everything. docs/architecture.md says what is real in it and what is not.
 //!
 //! `BLOCKFERRY_SIM_SEEDS=100000 cargo nextest run --test sim` runs more seeds; `BLOCKFERRY_SIM_SEED=7 cargo nextest run --test sim
 //! one_seed --no-capture` runs one and prints what happened in it.

@@ -11,7 +11,7 @@ use serde::Serialize;
 /// Where a run takes things from and leaves them.
 #[derive(Debug, Args)]
 pub struct RunOptions {
-    /// Leave images, logs and configurations of both sites for a look
+    /// Leave images, logs and configurations of all sites for a look
     #[arg(long)]
     pub keep: bool,
     /// Where images are kept between runs, and a run's files lie [default: a folder for each program in ~/.cache/blockferry]
