@@ -16,7 +16,7 @@ use crate::core::ids::Name;
 use crate::core::wire::Refusal;
 use crate::custody::{Custody, Keeper};
 use crate::fetch::{FetchError, VolumeKey};
-use crate::handover::{Answer, Epoch, Facts, No, Question, Row, State};
+use crate::handover::{Answer, Epoch, Facts, Held, No, Question, Row, State};
 use crate::source::{SourceError, SourceVolume};
 use crate::volume::{Volume, VolumeError, run_bulk};
 
@@ -45,6 +45,8 @@ pub struct Entry {
     /// What peers fetch from; only for a volume all of which is here.
     pub(super) source: Mutex<Option<Arc<SourceVolume>>>,
     pub(super) clients: Arc<AtomicU32>,
+    /// Counts how often another site's decision ended what was served here: whoever uses the volume is hung up on.
+    pub(super) withdrawals: watch::Sender<u64>,
     /// Ends the tasks that run for the volume.
     pub(super) stop: watch::Sender<bool>,
     /// Ends the copy that runs now.
@@ -80,6 +82,7 @@ impl Entry {
             disk: Mutex::new(disk),
             source: Mutex::new(None),
             clients: Arc::default(),
+            withdrawals: watch::channel(0).0,
             stop: watch::channel(false).0,
             copying: Mutex::default(),
             trouble: Mutex::new(None),
@@ -160,6 +163,9 @@ impl Entry {
         drop(record);
         if let Some(held) = &row.held {
             tracing::info!(volume = %self.name, epoch = %held.epoch, state = ?held.state, "ownership");
+        }
+        if let Some(Held { state: State::Fenced { .. }, .. }) = row.held {
+            self.withdrawals.send_modify(|count| *count += 1);
         }
         let source = self.source.lock().clone();
         if let (Some(source), Some(State::Owned)) = (source, row.held.as_ref().map(|held| &held.state)) {

@@ -322,12 +322,14 @@ impl Served for Node {
         self.volumes.lock().keys().map(Name::to_string).collect()
     }
 
-    fn find(&self, name: &str) -> Option<Found> {
+    fn find(&self, name: &str) -> Option<Result<Found, String>> {
         let name = name.parse().ok()?;
         let Some(entry) = self.entry(&name) else {
             self.note_knock(&name);
             return None;
         };
+        // Before the look at who owns it: what changes behind that look is heard of.
+        let withdrawals = entry.withdrawals.subscribe();
         let why = match entry.record().held.state {
             Ownership::Asking { from } => Some(format!("{from} has not handed it over yet")),
             Ownership::GivingBack { from, .. } => Some(format!("it is being given back to {from}")),
@@ -339,7 +341,7 @@ impl Served for Node {
             return Some(Err(why));
         }
         match entry.volume() {
-            Ok(volume) => Some(Ok((volume, Arc::clone(&entry.clients)))),
+            Ok(volume) => Some(Ok(Found { volume, clients: Arc::clone(&entry.clients), withdrawals })),
             Err(why) => {
                 let hint = "when it is mended, restart the daemon";
                 Some(Err(format!("volume {name} cannot be served: {why}; {hint}")))

@@ -131,6 +131,24 @@ fn a_source_goes_on_without_a_lost_destination_which_is_fenced_when_it_comes_bac
 }
 
 #[test]
+fn who_uses_a_volume_that_is_reclaimed_at_its_source_is_hung_up_on() {
+    let pair = Pair::start(link(200, 4));
+    let disk = Disk::mixed(164, 60, 512);
+    pair.add("vm", &disk);
+    pair.relocate("vm", SLOW);
+    let mut idle = pair.b.nbd("vm");
+    assert_same("a read", &idle.read(0, BLOCK), &disk.bytes[..BLOCK]);
+    let epoch = pair.a.status("vm")["epoch"].to_string();
+    pair.a.ok(&["reclaim", "vm", "--epoch", &epoch]);
+    idle.wait_for_hang_up();
+    assert_eq!(pair.b.phase("vm"), "fenced");
+    // A person decides otherwise: new clients are served, and stay.
+    let epoch = pair.b.status("vm")["epoch"].to_string();
+    pair.b.ok(&["reclaim", "vm", "--epoch", &epoch]);
+    assert_same("what had come", &pair.b.nbd("vm").read(0, BLOCK), &disk.bytes[..BLOCK]);
+}
+
+#[test]
 fn a_destination_goes_on_without_a_lost_source() {
     let mut pair = Pair::start(link(200, 4));
     let disk = Disk::mixed(157, 60, 512);
@@ -176,9 +194,10 @@ fn a_second_instance_with_a_copied_state_is_turned_away() {
     let mut pair = Pair::start(link(200, 4));
     let disk = Disk::mixed(160, 60, 512);
     pair.add("vm", &disk);
-    pair.relocate("vm", SLOW);
+    let image = pair.relocate("vm", SLOW);
     pair.b.stop();
-    let copy = pair.path("copy-of-b");
+    let (copy, copied_image) = (pair.path("copy-of-b"), pair.path("copy-of-b.raw"));
+    std::fs::copy(&image, &copied_image).expect("copies");
     let copied = std::process::Command::new("cp").arg("-a").arg(&pair.b.dir).arg(&copy).status().expect("cp runs");
     assert!(copied.success());
     // The original goes on, and renews its number.
@@ -191,6 +210,8 @@ fn a_second_instance_with_a_copied_state_is_turned_away() {
     // The copy: the same key and name, the state of before.
     std::fs::rename(&pair.b.dir, pair.path("b-aside")).expect("moves");
     std::fs::rename(&copy, &pair.b.dir).expect("moves");
+    // Into the same file: as a snapshot of the machine has it.
+    std::fs::copy(&copied_image, &image).expect("copies");
     pair.b.start();
     eventually("the copy is turned away, with addresses in the log", || {
         let log = pair.a.log();
