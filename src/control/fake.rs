@@ -305,7 +305,7 @@ impl Site for FakeSite {
                     (vec!["4096 blocks that never arrived read as errors.".to_owned()], Some(4096 << 16))
                 }
             };
-            Ok(ReclaimAnswer { epoch: volume.epoch, lost, lost_bytes, fenced: volume.peer.clone() })
+            Ok(ReclaimAnswer { epoch: volume.epoch, is_owner: true, lost, lost_bytes, fenced: volume.peer.clone() })
         });
         ready(answer).boxed()
     }

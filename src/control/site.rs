@@ -161,11 +161,18 @@ pub struct Reclaim {
     pub epoch: u64,
 }
 
+fn is_owner_by_default() -> bool {
+    true
+}
+
 /// The answer to [`Reclaim`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReclaimAnswer {
     /// The volume's epoch from now on.
     pub epoch: u64,
+    /// Whether this site owns it now. Of a volume of which nothing was here the name is free. A daemon of an earlier version does not say.
+    #[serde(default = "is_owner_by_default")]
+    pub is_owner: bool,
     /// What is lost, a sentence each.
     pub lost: Vec<String>,
     /// How much is lost at most, where that is known.

@@ -48,7 +48,7 @@ impl Machine {
             Answer::Done(holds) => self.withdraw(from, No::Epoch { asked: epoch, holds }),
             Answer::Refused(_, why) if is_planted(Bug::RefusalBelieved) => {
                 self.because = Some(why);
-                self.given_back(from)
+                self.given_back(from, epoch.next())
             }
             // That it was refused does not tell that it will not be granted: the question may be on its way twice.
             Answer::Refused(_, why) => self.withdraw(from, why),
@@ -74,7 +74,7 @@ impl Machine {
         let epoch = self.held.epoch;
         let why = match answer {
             Answer::Done(holds) if !was_owner || holds == epoch.next() || is_planted(Bug::GivenBackToAnybody) => {
-                return self.given_back(from);
+                return self.given_back(from, holds);
             }
             // Something newer holds there than what this site gives back. Either way it owns the volume no more; but what is
             // here may be all that there is of it, and stays.
@@ -85,7 +85,7 @@ impl Machine {
             Answer::Refused(_, why) if !was_owner => {
                 // The source never let go, and says that it does not know of it: it cannot let go any more.
                 self.because.get_or_insert(why);
-                return self.given_back(from);
+                return self.given_back(from, epoch.next());
             }
             Answer::Refused(holds, why) => match holds.filter(|holds| holds.is_likely_after(epoch)) {
                 Some(holds) if holds.overrules(epoch) => return self.fence_off(from, holds, false),
@@ -106,11 +106,11 @@ impl Machine {
         outputs
     }
 
-    /// The source has it, for certain. Nothing of it stays here.
-    fn given_back(&mut self, from: Name) -> Vec<Output> {
+    /// The source has it, for certain, at `holds`. Nothing of it stays here.
+    fn given_back(&mut self, from: Name, holds: Epoch) -> Vec<Output> {
         let reply = match self.because.take() {
             Some(why) => Reply::No(why),
-            None => Reply::Done(self.held.epoch.next()),
+            None => Reply::Done(holds),
         };
         let mut outputs = self.end(Some(from), None, true);
         outputs.extend(self.tell_operators(&reply));

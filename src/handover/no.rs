@@ -121,7 +121,9 @@ impl No {
             No::Journal(_) => "make the state directory writable; it is tried again by itself".into(),
             No::Withdrawn | No::Expired => "nothing has changed hands; try again".into(),
             No::NoWayBack | No::NothingToReclaim => format!("see `blockferry status {volume}`"),
-            No::Reclaimed { .. } => format!("`blockferry volume remove {volume}` lets go of what is here"),
+            No::Reclaimed { .. } => {
+                format!("`blockferry volume remove {volume}` lets go of what is left here, if anything is")
+            }
             _ => String::new(),
         }
     }

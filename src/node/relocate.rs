@@ -282,6 +282,7 @@ impl Node {
             Ok(Err(no)) => return Err(api_error(name, &no)),
             Err(error) => return Err(ApiError::new(ErrorKind::Internal, error.to_string(), "")),
         };
+        let is_owner = !matches!(before.held.state, State::Asking { .. } | State::GivingBack { was_owner: false, .. });
         let (lost, lost_bytes, fenced) = match before.held.state {
             State::Released { to, .. } => (
                 vec![
@@ -313,7 +314,7 @@ impl Node {
             State::Owned => (Vec::new(), Some(0), None),
         };
         tracing::warn!(volume = %name, %epoch, lost = lost.join("; "), "a person reclaimed the volume");
-        Ok(ReclaimAnswer { epoch: epoch.0, lost, lost_bytes, fenced })
+        Ok(ReclaimAnswer { epoch: epoch.0, is_owner, lost, lost_bytes, fenced })
     }
 
     fn prepare_default_image(&self, name: &Name) -> Result<PathBuf, ApiError> {

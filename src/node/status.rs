@@ -211,7 +211,8 @@ impl Node {
         let State::Arriving { from } = &held.state else {
             let handing = view.handing_over_to.as_ref().map(|to| format!("it is being handed over to {to}"));
             let why = trouble.or(handing).unwrap_or_default();
-            let owes = owed.iter().find(|(_, debt)| debt.what == crate::handover::Owed::Completed);
+            let owes =
+                owed.iter().find(|(_, debt)| debt.what == crate::handover::Owed::Completed && debt.epoch == held.epoch);
             return match (&held.came, owes) {
                 (Some(came), owes) if came.epoch == held.epoch => match owes {
                     Some((_, debt)) => (Phase::Complete, format!("{} is yet to hear of it", debt.peer)),

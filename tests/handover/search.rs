@@ -179,10 +179,28 @@ fn is_bad_end(world: &World) -> Option<String> {
     }
     let open: Vec<At> = (0..world.sites.len()).filter(|at| world.sites[*at].process.is_open).collect();
     match open[..] {
-        [_] => None,
+        [_] => is_held_for_ever(world),
         [] => nobody(world),
         _ => Some(format!("P1: for ever, {} sites admit writes", open.len())),
     }
+}
+
+/// What was let go of is kept for somebody who has all of it, and was never told that.
+fn is_held_for_ever(world: &World) -> Option<String> {
+    let waits = |at: At| {
+        let row = world.sites[at].row.as_ref()?;
+        let State::Released { to, is_completed: false } = &row.state else { return None };
+        let has_all = |other: At| {
+            name(other) == *to
+                && world.sites[other]
+                    .row
+                    .as_ref()
+                    .is_some_and(|has| has.epoch == row.epoch && has.state == State::Owned)
+        };
+        let other = (0..world.sites.len()).find(|other| has_all(*other))?;
+        Some(format!("P3: {} has all of it, and {} never hears of it", name(other), name(at)))
+    };
+    (0..world.sites.len()).find_map(waits)
 }
 
 /// Nobody owns it. A person must have wanted that, and must be able to go on.

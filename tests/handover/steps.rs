@@ -3,7 +3,7 @@
 use blockferry::core::wire::Refusal;
 use blockferry::handover::{Debt, Epoch, Held, Input, Machine, No, Question, State, Ticket, Verb, adding, may_be_at};
 
-use crate::world::{At, Message, Outcome, Waiting, Work, World, name};
+use crate::world::{At, Message, Outcome, People, Waiting, Work, World, name};
 
 /// One thing that happens.
 #[derive(Clone, Debug)]
@@ -14,6 +14,7 @@ pub enum Step {
     Tell(At, Verb),
     Add(At),
     Write(At),
+    WriteEnds(At),
     Expire(At),
     Hang(At, Ticket),
     Arrive(At),
@@ -107,8 +108,10 @@ fn of_site(world: &World, at: At, all: &mut Vec<Step>) {
     if has_arrived(world, at) || process.may_have_arrived {
         all.push(Step::Arrive(at));
     }
-    if process.is_open && world.budget.writes > 0 {
-        all.push(Step::Write(at));
+    match process.write {
+        Some(_) => all.push(Step::WriteEnds(at)),
+        None if process.is_open && world.budget.writes > 0 => all.push(Step::Write(at)),
+        None => {}
     }
     if matches!(machine.held().state, State::Asking { .. }) {
         all.push(Step::Expire(at));
@@ -175,10 +178,10 @@ fn of_people(world: &World, at: At, all: &mut Vec<Step>) {
         }
         return;
     };
-    if !world.budget.is_reclaimed_only {
+    if world.budget.people == People::CancelAndRemove {
         all.push(Step::Tell(at, Verb::Remove));
     }
-    if machine.way_back().is_some() && !world.budget.is_reclaimed_only {
+    if machine.way_back().is_some() && world.budget.people != People::Nothing {
         all.push(Step::Tell(at, Verb::Cancel { discard: false }));
         all.push(Step::Tell(at, Verb::Cancel { discard: true }));
     }
@@ -230,7 +233,13 @@ fn carry_out(world: &mut World, step: &Step) {
             world.ghost.is_removed = false;
             world.crash(*at);
         }
-        Step::Write(at) => write(world, *at),
+        Step::Write(at) => {
+            world.budget.writes -= 1;
+            let bit = 1 << world.ghost.next_write;
+            world.ghost.next_write += 1;
+            world.sites[*at].process.write = Some((bit, world.epoch_seen(*at)));
+        }
+        Step::WriteEnds(at) => write(world, *at),
         Step::Expire(at) => world.input(*at, Input::Expired),
         Step::Hang(at, ticket) => {
             if let Some(Waiting::Peer(peer, id)) = world.sites[*at].process.waiting.remove(ticket)
@@ -311,15 +320,16 @@ fn relocate(world: &mut World, at: At, take: bool) {
     world.input(at, Input::Begin(ticket, take));
 }
 
-/// A guest's write is acknowledged. It counts unless a person has decided elsewhere that what is here does not.
+/// A guest's write is in the image, and acknowledged: the fences that waited for it are done. It counts unless a person has decided since it
+/// began that what was here does not.
 fn write(world: &mut World, at: At) {
-    world.budget.writes -= 1;
-    let bit = 1 << world.ghost.next_write;
-    world.ghost.next_write += 1;
     let site = &mut world.sites[at];
+    let Some((bit, began)) = site.process.write.take() else { return };
     site.content |= bit;
     site.is_written = true;
-    if !world.is_overruled(world.epoch_seen(at)) {
+    let drained = std::mem::take(&mut site.process.draining);
+    site.process.work.extend(drained.into_iter().map(Work::Fence));
+    if !world.is_overruled(began) {
         world.ghost.must |= bit;
     }
 }
@@ -339,6 +349,9 @@ pub fn calm_step(world: &World) -> Option<Step> {
     }
     for at in sites() {
         let process = process(at);
+        if process.write.is_some() {
+            return Some(Step::WriteEnds(at));
+        }
         if let Some(work) = process.work.first() {
             return Some(Step::Work(at, *work, true));
         }

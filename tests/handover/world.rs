@@ -47,10 +47,18 @@ pub struct Budget {
     pub under_way: u8,
     /// Who may relocate the volume to himself from whom.
     pub routes: &'static [(At, At)],
-    /// Whether operators do nothing but relocate and reclaim.
-    pub is_reclaimed_only: bool,
+    /// What operators do besides relocating and reclaiming.
+    pub people: People,
     /// What a person's decision is salted with at each site: which one wins of two into one term.
     pub salts: [u16; 3],
+}
+
+/// What operators do besides relocating and reclaiming.
+#[derive(Clone, Copy, Hash, PartialEq, Eq)]
+pub enum People {
+    Nothing,
+    Cancel,
+    CancelAndRemove,
 }
 
 /// What only an observer of all sites knows.
@@ -61,6 +69,8 @@ pub struct Ghost {
     pub next_write: u8,
     /// What was in the image when a site let go of it.
     pub released: BTreeSet<(At, Epoch, u8)>,
+    /// Who took a volume back that was given back to it, and at which epoch it was its own again.
+    pub taken_back: BTreeSet<(At, Epoch)>,
     /// The owner was removed by its operator.
     pub is_removed: bool,
     /// A person reclaimed.
@@ -97,6 +107,10 @@ pub struct Process {
     /// Begins with a journal write that has not ended.
     pub pending: Vec<Output>,
     pub work: BTreeSet<Work>,
+    /// Fences that wait for the write under way.
+    pub draining: BTreeSet<Job>,
+    /// A guest's write that was admitted and has not ended: its bit, and the epoch then.
+    pub write: Option<(u8, Epoch)>,
     pub asking: Option<Asking>,
     pub asked: u8,
     pub waiting: BTreeMap<Ticket, Waiting>,
@@ -236,7 +250,10 @@ impl World {
             Output::Prepare(job) => drop(process.work.insert(Work::Prepare(job))),
             Output::Fence { job, .. } => {
                 let is_open = process.is_open;
-                process.work.insert(Work::Fence(job));
+                match process.write {
+                    Some(_) => drop(process.draining.insert(job)),
+                    None => drop(process.work.insert(Work::Fence(job))),
+                }
                 if is_open {
                     self.fail(format!("{} fences while it admits writes", name(at)));
                 }
@@ -262,6 +279,7 @@ impl World {
                 process.may_have_arrived = false;
                 process.asking = None;
                 process.work.clear();
+                process.draining.clear();
             }
         }
     }
@@ -301,6 +319,11 @@ impl World {
             self.fail(format!("P5: the epoch at {} goes back from {before:?} to {after:?}", name(at)));
         }
         let Some(held) = &row.held else {
+            if let Some(Held { state: State::GivingBack { from, was_owner: true, .. }, epoch, .. }) = &was
+                && !self.ghost.taken_back.contains(&(at_of(from), epoch.next()))
+            {
+                self.fail(format!("P2: {} throws away what {from} did not take back", name(at)));
+            }
             let is_told = |verb: &Waiting| matches!(verb, Waiting::Verb(Verb::Reclaim { .. }));
             if row.left.as_ref().is_some_and(|left| left.to.is_none()) {
                 self.ghost.is_removed = true;
@@ -338,6 +361,13 @@ impl World {
                 {
                     self.ghost.must &= content;
                 }
+            }
+            State::Owned
+                if was.as_ref().is_some_and(|was| {
+                    was.epoch.term() == held.epoch.term() && matches!(was.state, State::Released { .. })
+                }) =>
+            {
+                self.ghost.taken_back.insert((at, held.epoch));
             }
             State::Owned if was.is_some_and(|was| was.epoch.term() < held.epoch.term()) => {
                 let is_overruled = self.is_overruled(held.epoch);

@@ -19,8 +19,11 @@ pub(in crate::cli) fn cancelled(name: &Name, answer: Option<&CancelAnswer>) -> S
 
 /// What a reclaimed volume has lost, and who is fenced.
 pub(in crate::cli) fn reclaimed(name: &Name, answer: &ReclaimAnswer) -> String {
-    let ReclaimAnswer { epoch, lost, lost_bytes, fenced } = answer;
-    let mut lines = vec![format!("{name}: reclaimed; this site owns it now, epoch {epoch}")];
+    let ReclaimAnswer { epoch, is_owner, lost, lost_bytes, fenced } = answer;
+    let mut lines = vec![match is_owner {
+        true => format!("{name}: reclaimed; this site owns it now, epoch {epoch}"),
+        false => format!("{name}: given up at epoch {epoch}; this site does not own it, and never did"),
+    }];
     let mut line = |label: &str, value: &str| lines.push(format!("  {label:<8} {value}"));
     for sentence in lost {
         line("lost", sentence);

@@ -52,7 +52,10 @@ fn reclaiming_says_what_is_lost_and_who_is_fenced() {
     let ran = bench.run(&["reclaim", "db-01"]);
     assert!(ran.status == 2 && ran.err.contains("--epoch <N>"), "{ran:?}");
 
-    let unknown = ReclaimAnswer { epoch: 2, lost: vec!["All of it.".into()], lost_bytes: None, fenced: None };
+    let unknown =
+        ReclaimAnswer { epoch: 2, is_owner: true, lost: vec!["All of it.".into()], lost_bytes: None, fenced: None };
+    let never_here = ReclaimAnswer { is_owner: false, ..unknown.clone() };
+    assert!(show::reclaimed(&name("x"), &never_here).contains("does not own it"));
     let text = show::reclaimed(&name("x"), &unknown);
     assert!(text.contains("  in all   nobody knows how much\n") && text.contains("  fenced   nobody\n"), "{text}");
     let nothing = ReclaimAnswer { lost: vec![], lost_bytes: Some(0), ..unknown };
