@@ -30,7 +30,6 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use super::VolumeError;
 use super::gate::{Admitted, WriteGate};
 use crate::core::ids::Name;
-use crate::seeded_bugs::{Bug, is_planted};
 
 /// See the module.
 #[derive(Debug)]
@@ -45,7 +44,7 @@ pub(super) struct Life {
 /// The right to change file or rows. The volume's end waits for it.
 #[derive(Debug)]
 pub(super) struct Pass {
-    _admitted: Option<Admitted>,
+    _admitted: Admitted,
 }
 
 impl Life {
@@ -60,10 +59,7 @@ impl Life {
 
     /// Begins something that changes file or rows.
     pub(super) fn enter(&self) -> Result<Pass, VolumeError> {
-        let admitted = self.gate.admit();
-        if admitted.is_none() && !is_planted(Bug::ClosedVolumeWrites) {
-            return Err(self.is_over());
-        }
+        let admitted = self.gate.admit().ok_or_else(|| self.is_over())?;
         Ok(Pass { _admitted: admitted })
     }
 

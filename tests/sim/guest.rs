@@ -184,6 +184,13 @@ impl Guest {
         if matches!(done, Ended::Done(Ok(()))) {
             served.part.was_written.store(true, Ordering::Relaxed);
         }
+        // What failed, or was refused, is no write. Of what nobody was told that stays unknown.
+        if matches!(done, Ended::Done(_)) {
+            let _ = served
+                .part
+                .may_be_written
+                .try_update(Ordering::Relaxed, Ordering::Relaxed, |count| count.checked_sub(1));
+        }
         match done {
             // It stays under way: nobody knows when, or whether, it happens.
             Ended::Unknown => {}
@@ -198,7 +205,7 @@ impl Guest {
     }
 
     async fn write(&self, served: &Served, offset: u64, len_bytes: u64, tag: u64, fua: bool) {
-        served.part.may_be_written.store(true, Ordering::Relaxed);
+        served.part.may_be_written.fetch_add(1, Ordering::Relaxed);
         let begun = served.part.model.lock().begin_write(offset, len_bytes, tag);
         let data = fill(tag, len_bytes as usize);
         // As the NBD server does: at once where that is possible. Not always, so that both paths meet everything.
@@ -211,7 +218,7 @@ impl Guest {
     }
 
     async fn zero(&self, served: &Served, offset: u64, len_bytes: u64, may_punch: bool, fua: bool) {
-        served.part.may_be_written.store(true, Ordering::Relaxed);
+        served.part.may_be_written.fetch_add(1, Ordering::Relaxed);
         let begun = served.part.model.lock().begin_write(offset, len_bytes, 0);
         let done = self.answer(served, served.volume.write_zeroes(offset, len_bytes, may_punch, fua)).await;
         self.wrote(served, begun, fua, done);
@@ -223,7 +230,7 @@ impl Guest {
         let (start, end) = (offset / 512 * 512, offset + len_bytes);
         let end = if end == size { end } else { end / 512 * 512 };
         if start < end {
-            served.part.may_be_written.store(true, Ordering::Relaxed);
+            served.part.may_be_written.fetch_add(1, Ordering::Relaxed);
             let begun = served.part.model.lock().begin_write(start, end - start, 0);
             let done = self.answer(served, served.volume.trim(start, end - start, false)).await;
             self.wrote(served, begun, false, done);

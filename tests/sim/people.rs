@@ -101,7 +101,8 @@ impl People {
             false => self.operator().tell(&site, verb).await?,
         };
         if let Err(No::Written(_)) = told
-            && !part.may_be_written.load(Ordering::Relaxed)
+            && !part.was_written.load(Ordering::Relaxed)
+            && part.may_be_written.load(Ordering::Relaxed) == 0
             && self.slot.is_current(&part)
         {
             self.world.fail("verbs", format!("{}: it counts as written, and no guest wrote", self.slot.name));

@@ -132,7 +132,7 @@ impl Referee {
             }
             (State::Released { .. }, State::Owned) => {
                 part.was_written.store(false, Ordering::Relaxed);
-                part.may_be_written.store(false, Ordering::Relaxed);
+                part.may_be_written.store(0, Ordering::Relaxed);
             }
             (State::Arriving { .. }, State::Owned) if is_decided => part.model.lock().forget_absent(),
             (State::GivingBack { is_complete: false, .. } | State::Fenced { is_complete: false, .. }, State::Owned) => {

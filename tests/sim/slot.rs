@@ -37,9 +37,9 @@ pub struct Part {
     pub model: Mutex<Model>,
     /// What it was when it was handed over.
     pub released: Mutex<Option<Model>>,
-    /// Whether a guest's write was acknowledged here since it came; and whether one may have happened.
+    /// Whether a guest's write was acknowledged here since it came; and how many may have been: that is not known yet, or never will be.
     pub was_written: AtomicBool,
-    pub may_be_written: AtomicBool,
+    pub may_be_written: AtomicU32,
     /// So many people say that writes may be thrown away; that it may go; that the other side is lost. Who was refused says so no more.
     pub may_discard: AtomicU32,
     pub may_go: AtomicU32,
