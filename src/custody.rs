@@ -165,6 +165,7 @@ impl Custody {
             work: FuturesUnordered::new(),
             asking: None,
             deadline: None,
+            again_at: None,
         };
         tokio::spawn(task.run(first, messages));
         (custody, keeper)
@@ -260,6 +261,8 @@ struct Task {
     work: FuturesUnordered<BoxFuture<'static, Input>>,
     asking: Option<BoxFuture<'static, (Job, Answer)>>,
     deadline: Option<Instant>,
+    /// When what could not be journalled is tried again.
+    again_at: Option<Instant>,
 }
 
 impl Task {
@@ -282,33 +285,39 @@ impl Task {
 
     /// The next input; None when nobody can send one any more.
     async fn next(&mut self, messages: &mut UnboundedReceiver<Message>) -> Option<Input> {
-        let again = self.machine.is_unsure();
-        let deadline = self.deadline;
+        if !self.machine.is_unsure() {
+            self.again_at = None;
+        } else if self.again_at.is_none() {
+            self.again_at = Some(Instant::now() + JOURNAL_AGAIN);
+        }
+        let (again_at, deadline) = (self.again_at, self.deadline);
         let asking = async {
             match &mut self.asking {
                 Some(asking) => asking.await,
                 None => std::future::pending().await,
             }
         };
-        let expired = async {
-            match deadline {
-                Some(deadline) => tokio::time::sleep_until(deadline).await,
-                None => std::future::pending().await,
-            }
+        let at = async |at: Option<Instant>| match at {
+            Some(at) => tokio::time::sleep_until(at).await,
+            None => std::future::pending().await,
         };
         tokio::select! {
             biased;
+            // Before messages: who asks again and again must not keep it from being done.
+            () = at(again_at) => {
+                self.again_at = None;
+                Some(Input::Tick)
+            }
             Some(input) = self.work.next(), if !self.work.is_empty() => Some(input),
             (job, answer) = asking => {
                 self.asking = None;
                 Some(Input::Answered(job, answer))
             }
             message = messages.recv() => Some(self.take(message?)),
-            () = expired => {
+            () = at(deadline) => {
                 self.deadline = None;
                 Some(Input::Expired)
             }
-            () = tokio::time::sleep(JOURNAL_AGAIN), if again => Some(Input::Tick),
         }
     }
 
