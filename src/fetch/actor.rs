@@ -27,6 +27,8 @@ use crate::transport::Link;
 /// How often windows are set anew and rates are judged.
 const TICK: Duration = Duration::from_millis(250);
 /// A peer that refuses to open a volume (it was restarted without it, say) is asked again this often.
+/// The least time between two openings of a volume because what was opened is gone.
+const REOPEN_GONE: Duration = Duration::from_secs(1);
 const REOPEN: Duration = Duration::from_secs(5);
 /// Numbers of pages and roots on the wire, apart from those of blocks.
 const ASK_FLIGHTS: u64 = 1 << 63;
@@ -75,6 +77,8 @@ struct Question {
     to: To,
     what: Ask,
     is_sent: bool,
+    /// The handle that it was sent with, if it is of a volume.
+    sent_with: Option<u32>,
 }
 
 /// Whom a question goes to.
@@ -103,6 +107,8 @@ struct Actor {
     /// Opens on the wire by their number, also of volumes that were closed since: their answers are counted.
     opens: HashMap<u32, (PeerKey, VolumeKey)>,
     next_request: u32,
+    /// The handles that flights under way were sent with.
+    sent_with: HashMap<FlightId, u32>,
     /// Handles that are given up with the next frames.
     closing: Vec<(PeerKey, u32)>,
     /// Who wants to know what peers say of their volumes' epochs.
@@ -131,6 +137,7 @@ pub(super) async fn run(
         next_question: 1,
         opens: HashMap::new(),
         next_request: 1,
+        sent_with: HashMap::new(),
         closing: Vec::new(),
         heard: None,
         waiters: HashMap::new(),
@@ -288,7 +295,7 @@ impl Actor {
     fn question(&mut self, to: To, what: Ask) {
         let number = UNSENT | self.next_question;
         self.next_question += 1;
-        self.questions.insert(number, Question { to, what, is_sent: false });
+        self.questions.insert(number, Question { to, what, is_sent: false, sent_with: None });
         self.send_unsent();
     }
 
@@ -356,6 +363,8 @@ impl Actor {
             }
         }
         self.scheduler.peer_down(now, key);
+        let scheduler = &self.scheduler;
+        self.sent_with.retain(|flight, _| scheduler.asked(*flight).is_some());
     }
 
     fn send_open(&mut self, key: VolumeKey) {
@@ -468,8 +477,7 @@ impl Actor {
         }
         volume.expected = Some(found);
         volume.refused = None;
-        let before = volume.handle.replace(handle);
-        self.closing.extend(before.map(|handle| (volume.peer, handle)));
+        volume.handle = Some(handle);
         if !std::mem::replace(&mut volume.is_scheduled, true) {
             self.scheduler.add_volume(key, volume.peer);
         }
@@ -557,6 +565,7 @@ impl Actor {
         // Opens and questions take their numbers from one counter: an answer fits one of them only.
         let (request, flight) = (self.next_request, self.next_request);
         self.next_request = self.next_request.wrapping_add(1);
+        let sent_with = handle;
         let handle = handle.unwrap_or_default();
         let frame = match &question.what {
             Ask::Owner(volume, asked, _) => {
@@ -576,6 +585,7 @@ impl Actor {
             }
         };
         question.is_sent = true;
+        question.sent_with = sent_with;
         peer.send(&frame);
         if let Some(question) = self.questions.remove(&number) {
             self.questions.insert(u64::from(request), question);
@@ -615,6 +625,10 @@ impl Actor {
         if !is_asked {
             return;
         }
+        let sent_with = match number & ASK_FLIGHTS {
+            0 => self.sent_with.remove(&FlightId(number)),
+            _ => self.questions.get(&(number & !ASK_FLIGHTS)).and_then(|question| question.sent_with),
+        };
         match message {
             Arrived::Block { flight, id, bytes, frame, wire_bytes, budget } => {
                 let flight = FlightId(flight);
@@ -651,7 +665,9 @@ impl Actor {
                 let landed = self.scheduler.failed(now, FlightId(flight), Failure::Transient);
                 debug_assert!(landed.is_none());
             }
-            Arrived::Failed { flight, refusal: Refusal::UnknownVolume, why } => self.gone_at_peer(now, flight, &why),
+            Arrived::Failed { flight, refusal: Refusal::UnknownVolume, why } => {
+                self.gone_at_peer(now, flight, sent_with, &why);
+            }
             Arrived::Failed { flight, refusal, why } if flight & ASK_FLIGHTS == 0 => {
                 self.refuse(now, FlightId(flight), peer, refusal, why);
             }
@@ -708,8 +724,8 @@ impl Actor {
     }
 
     /// What was opened is not there any more: the volume was given up there, or taken back. It is opened anew, which tells what holds, and
-    /// what was asked for comes then. Not at once again and again: answers to what was asked before may still be on their way.
-    fn gone_at_peer(&mut self, now: Now, flight: u64, why: &str) {
+    /// what was asked for comes then. `sent_with` tells answers to what was asked before that: those say nothing new.
+    fn gone_at_peer(&mut self, now: Now, flight: u64, sent_with: Option<u32>, why: &str) {
         let key = match flight & ASK_FLIGHTS {
             0 => self.scheduler.place_of(FlightId(flight)).map(|place| place.volume),
             _ => self.questions.get(&(flight & !ASK_FLIGHTS)).and_then(|question| match question.to {
@@ -719,12 +735,14 @@ impl Actor {
         };
         if let Some((key, volume)) = key.and_then(|key| Some((key, self.volumes.get_mut(&key)?)))
             && volume.handle.is_some()
+            && volume.handle == sent_with
         {
-            match volume.gone_at.map(|at| at + REOPEN).filter(|again_at| *again_at > now) {
+            self.closing.extend(volume.handle.take().map(|handle| (volume.peer, handle)));
+            // A peer that says so each time is not asked as fast as it answers.
+            match volume.gone_at.map(|at| at + REOPEN_GONE).filter(|again_at| *again_at > now) {
                 Some(again_at) => volume.reopen_at = Some(again_at),
                 None => {
                     volume.gone_at = Some(now);
-                    self.closing.extend(volume.handle.take().map(|handle| (volume.peer, handle)));
                     self.send_open(key);
                 }
             }
@@ -859,6 +877,7 @@ impl Actor {
                     let handle = self.volumes.get(&place.volume).and_then(|volume| volume.handle);
                     match (handle, self.peers.get_mut(&peer)) {
                         (Some(handle), Some(peer)) => {
+                            self.sent_with.insert(flight, handle);
                             peer.outbox.push(Want { flight: flight.0, handle, class, block: place.block });
                         }
                         // It could not be opened on this connection; the scheduler comes back to it.
@@ -875,6 +894,7 @@ impl Actor {
                     }
                 }
                 Action::Forget { flight, peer } => {
+                    self.sent_with.remove(&flight);
                     if let Some(peer) = self.peers.get_mut(&peer) {
                         peer.flush_wants();
                         peer.send(&Control::Forget { flight: flight.0 });

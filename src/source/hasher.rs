@@ -95,7 +95,6 @@ fn turn(job: Result<Job, ()>, background: &mut Background) {
                 Some((_, from)) => *from = PageIndex(0),
                 None => background.push((volume, PageIndex(0))),
             }
-            step(background);
         }
         Err(()) => step(background),
     }

@@ -7,7 +7,7 @@ mod queue;
 mod session;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use futures::future::BoxFuture;
 
@@ -39,11 +39,17 @@ pub struct SourceVolume {
     pub generation: u64,
 }
 
-/// A volume as a peer opened it: good for as long as it holds what it held then, or what is released of that.
+/// A volume as a peer opened it: good for as long as it holds what it held then, or what is released of that. It keeps nothing of the volume
+/// open.
 #[derive(Clone, Debug)]
 pub struct Opening {
-    /// Where its blocks come from.
-    pub volume: Arc<SourceVolume>,
+    volume: Weak<SourceVolume>,
+    /// The volume's name.
+    pub name: Name,
+    /// Shape of the image.
+    pub geometry: Geometry,
+    /// See [`SourceVolume::generation`].
+    pub generation: u64,
     edition: u64,
 }
 
@@ -141,21 +147,33 @@ impl SourceError {
 }
 
 impl Opening {
-    /// Whether what was read before this call may be sent to who opened it: [`SourceError::Gone`] once the volume is given up, or taken back
+    /// What was opened; [`SourceError::Gone`] once it is given up, or served anew.
+    pub fn volume(&self) -> Result<Arc<SourceVolume>, SourceError> {
+        self.volume.upgrade().ok_or_else(|| self.gone())
+    }
+
+    /// Whether what was read of `volume` before this call may be sent to who opened it: [`SourceError::Gone`] once it is given up, or taken back
     /// from the peer that it was released to. What guests write to it from then on is nothing that the peer may mix with what it has.
-    pub fn check(&self) -> Result<(), SourceError> {
-        let is_another = self.volume.manifest.edition() != self.edition && !is_planted(Bug::OpeningOutlivesRelease);
-        if is_another || self.volume.manifest.is_closed() {
-            return Err(SourceError::Gone { volume: self.volume.name.clone() });
-        }
-        Ok(())
+    pub fn check(&self, volume: &SourceVolume) -> Result<(), SourceError> {
+        let is_another = volume.manifest.edition() != self.edition && !is_planted(Bug::OpeningOutlivesRelease);
+        if is_another || volume.manifest.is_closed() { Err(self.gone()) } else { Ok(()) }
+    }
+
+    fn gone(&self) -> SourceError {
+        SourceError::Gone { volume: self.name.clone() }
     }
 }
 
 impl SourceVolume {
     /// Opens it. To be called before it is looked up to whom the volume belongs.
     pub fn open(self: &Arc<Self>) -> Opening {
-        Opening { volume: Arc::clone(self), edition: self.manifest.edition() }
+        Opening {
+            volume: Arc::downgrade(self),
+            name: self.name.clone(),
+            geometry: self.geometry,
+            generation: self.generation,
+            edition: self.manifest.edition(),
+        }
     }
 
     /// One block and its id; no bytes for one of zeros. Of a released image, only what was announced of it.

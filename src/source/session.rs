@@ -17,7 +17,7 @@ use super::queue::{Item, Promoted, SendQueue};
 use super::{Catalog, Hasher, Offered, Opening, SourceError};
 use crate::core::frame::Frame;
 use crate::core::ids::{Class, Name};
-use crate::core::manifest::PageIndex;
+use crate::core::manifest::{Page, PageIndex};
 use crate::core::wire::{Control, Data, MAX_ROOTS_PER_MESSAGE, Refusal, VERSIONS, choose_version};
 use crate::handover::{Answer, Epoch, Question};
 use crate::seeded_bugs::{Bug, is_planted};
@@ -334,8 +334,10 @@ impl Session {
         }
         // A number for each opening: who closes one of two keeps the other.
         let handle = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        self.hasher.hash_in_background(&opening.volume);
-        let (geometry, generation) = (opening.volume.geometry, opening.volume.generation);
+        if let Ok(volume) = opening.volume() {
+            self.hasher.hash_in_background(&volume);
+        }
+        let (geometry, generation) = (opening.geometry, opening.generation);
         handles.insert(handle, opening);
         Control::Opened { request, handle, geometry, generation, epoch, is_read_only }
     }
@@ -416,9 +418,12 @@ impl Session {
         let message = match opening {
             Some(opening) => {
                 let count = u64::from(count).min(MAX_ROOTS_PER_MESSAGE as u64);
-                let entries = opening.volume.manifest.roots(first, count);
-                match opening.check() {
-                    Ok(()) => Data::Roots { flight, first, entries },
+                let entries = opening.volume().and_then(|volume| {
+                    let entries = volume.manifest.roots(first, count);
+                    opening.check(&volume).map(|()| entries)
+                });
+                match entries {
+                    Ok(entries) => Data::Roots { flight, first, entries },
                     Err(error) => failed(flight, error.refusal(), error.to_string()),
                 }
             }
@@ -431,23 +436,32 @@ impl Session {
         let opening = self.handles.lock().get(&handle).cloned();
         let message = match opening {
             None => failed(flight, Refusal::UnknownVolume, NOT_OPEN.into()),
-            Some(opening) if page.0 >= opening.volume.geometry.pages() => {
+            Some(opening) if page.0 >= opening.geometry.pages() => {
                 failed(flight, Refusal::BadRequest, format!("there is no manifest page {}", page.0))
             }
-            Some(opening) => match self.hasher.page(&opening.volume, page).await {
-                Some(hashed) => match hashed.and_then(|hashed| opening.check().map(|()| hashed)) {
-                    Ok(hashed) => {
-                        Data::Page { flight, page, frame: Frame::encode(&Bytes::from(hashed.to_bytes()), DEMAND_LEVEL) }
-                    }
-                    Err(error) => {
-                        tracing::warn!(volume = %opening.volume.name, %error, "a manifest page could not be made");
-                        failed(flight, error.refusal(), error.to_string())
-                    }
-                },
-                None => failed(flight, Refusal::ShuttingDown, "the source is shutting down".into()),
+            Some(opening) => match self.page_of(&opening, page).await {
+                Ok(hashed) => {
+                    Data::Page { flight, page, frame: Frame::encode(&Bytes::from(hashed.to_bytes()), DEMAND_LEVEL) }
+                }
+                Err((refusal, why)) => failed(flight, refusal, why),
             },
         };
         let _ = self.link.send_data(Class::Readahead, message.encode()).await;
+    }
+
+    async fn page_of(&self, opening: &Opening, page: PageIndex) -> Result<Page, (Refusal, String)> {
+        let told = |error: SourceError| (error.refusal(), error.to_string());
+        let volume = opening.volume().map_err(told)?;
+        let Some(hashed) = self.hasher.page(&volume, page).await else {
+            return Err((Refusal::ShuttingDown, "the source is shutting down".into()));
+        };
+        let hashed = hashed.and_then(|hashed| opening.check(&volume).map(|()| hashed));
+        hashed.map_err(|error| {
+            if !matches!(error, SourceError::Gone { .. }) {
+                tracing::warn!(volume = %volume.name, %error, "a manifest page could not be made");
+            }
+            told(error)
+        })
     }
 
     /// Compresses harder while the link is what limits, less hard when the CPU does.
@@ -482,11 +496,14 @@ impl Tickets {
 
 /// The blocking part: read, hash, compress.
 fn build(opening: &Opening, item: Item, level: i32) -> Data {
-    let volume = &opening.volume;
-    if item.block.0 >= volume.geometry.blocks() {
+    if item.block.0 >= opening.geometry.blocks() {
         return failed(item.flight, Refusal::BadRequest, format!("there is no block {}", item.block.0));
     }
-    match volume.read_block(item.block).and_then(|read| opening.check().map(|()| read)) {
+    let read = opening.volume().and_then(|volume| {
+        let read = volume.read_block(item.block)?;
+        opening.check(&volume).map(|()| read)
+    });
+    match read {
         Ok((id, bytes)) => {
             let frame = bytes.map(|bytes| Frame::encode(&Bytes::from(bytes), level));
             Data::Block { flight: item.flight, id, frame }
@@ -494,7 +511,7 @@ fn build(opening: &Opening, item: Item, level: i32) -> Data {
         // The peer opens it anew, and hears why where that fails.
         Err(gone @ SourceError::Gone { .. }) => failed(item.flight, gone.refusal(), gone.to_string()),
         Err(error) => {
-            tracing::warn!(volume = %volume.name, block = item.block.0, %error, "a block could not be read");
+            tracing::warn!(volume = %opening.name, block = item.block.0, %error, "a block could not be read");
             failed(item.flight, error.refusal(), error.to_string())
         }
     }

@@ -136,6 +136,10 @@ impl Manifest {
     pub(super) fn release_resting(&self) -> Result<(), SourceError> {
         // Held for all of it: the row of a page that is written from now on must not be one from before.
         let mut seal = self.seal.lock();
+        if self.is_released() {
+            // By another who was asked the same: what was told since stays.
+            return self.rows.check_open();
+        }
         if !self.is_sealed.load(Ordering::Acquire) {
             return Err(SourceError::Written { volume: self.volume.clone() });
         }
@@ -157,13 +161,16 @@ impl Manifest {
     }
 
     fn take_back_sealed(&self, seal: &mut Seal) -> Result<(), SourceError> {
-        if !self.is_released.swap(false, Ordering::AcqRel) {
-            return Ok(());
+        if self.is_released() {
+            // First: what is read from here on and compared with nothing is sent to nobody who opened it before.
+            self.edition.fetch_add(1, Ordering::AcqRel);
+            self.is_released.store(false, Ordering::Release);
+            *self.told.lock() = Told::default();
         }
-        self.edition.fetch_add(1, Ordering::AcqRel);
-        *self.told.lock() = Told::default();
-        if self.is_suspect.swap(false, Ordering::AcqRel) {
+        // Until that has succeeded it is asked for again.
+        if self.is_suspect.load(Ordering::Acquire) {
             self.forget_all(seal)?;
+            self.is_suspect.store(false, Ordering::Release);
         }
         Ok(())
     }
