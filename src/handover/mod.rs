@@ -155,11 +155,7 @@ impl Machine {
 
     /// Whether the source could take the volume back: it is still what this site took over.
     pub fn way_back(&self) -> Option<&Name> {
-        match (&self.held.state, &self.held.came) {
-            (State::Arriving { from } | State::Asking { from } | State::GivingBack { from, .. }, _) => Some(from),
-            (State::Owned, Some(came)) if came.epoch == self.held.epoch => Some(&came.from),
-            _ => None,
-        }
+        self.held.way_back()
     }
 
     /// Decides. The outputs are to be carried out in their order before the next input.

@@ -34,6 +34,8 @@ pub enum No {
     GivingBack(Name),
     /// It is being removed.
     Removing,
+    /// An image is being made ready to be served under the name.
+    Preparing,
     /// A later question withdrew this one.
     Withdrawn,
     /// The time for the hand-over is over.
@@ -89,9 +91,13 @@ impl No {
             No::Journal(_) => Refusal::Internal,
             No::Failed(refusal, _) | No::Peer { refusal, .. } => *refusal,
             No::ShuttingDown => Refusal::ShuttingDown,
-            No::Arriving(_) | No::NoImage | No::HandingOver(_) | No::GivingBack(_) | No::Removing | No::Reclaiming => {
-                Refusal::Busy
-            }
+            No::Arriving(_)
+            | No::NoImage
+            | No::Preparing
+            | No::HandingOver(_)
+            | No::GivingBack(_)
+            | No::Removing
+            | No::Reclaiming => Refusal::Busy,
             No::Written(_) | No::NoWayBack | No::Needed(_) | No::NotThisEpoch(_) | No::NothingToReclaim => {
                 Refusal::BadRequest
             }
@@ -115,7 +121,7 @@ impl No {
             No::GivingBack(from) => format!(
                 "it ends when {from} answers; if {from} is lost for good, `blockferry reclaim {volume} --epoch N`"
             ),
-            No::HandingOver(_) | No::Removing | No::Reclaiming => {
+            No::HandingOver(_) | No::Removing | No::Preparing | No::Reclaiming => {
                 format!("try again in a moment; see `blockferry status {volume}`")
             }
             No::Journal(_) => "make the state directory writable; it is tried again by itself".into(),
@@ -141,6 +147,7 @@ impl fmt::Display for No {
             No::HandingOver(to) => write!(f, "it is being handed over to {to}"),
             No::GivingBack(from) => write!(f, "it is being given back to {from}"),
             No::Removing => write!(f, "it is being removed"),
+            No::Preparing => write!(f, "it is being made ready to be served"),
             No::Reclaiming => write!(f, "it is being reclaimed"),
             No::Withdrawn => write!(f, "the hand-over was withdrawn"),
             No::Expired => write!(f, "the hand-over took longer than it may, and was withdrawn"),

@@ -242,16 +242,22 @@ impl Machine {
             _ => Vec::new(),
         };
         let owes = match &self.held.state {
-            State::Released { to: owner, .. } | State::Fenced { by: owner, .. } if *owner != by => {
+            State::Released { to: owner, .. }
+            | State::Fenced { by: owner, .. }
+            | State::Asking { from: owner }
+            | State::GivingBack { from: owner, .. }
+                if *owner != by =>
+            {
                 Some(Debt { peer: owner.clone(), what: Owed::Reclaimed, epoch })
             }
             _ if is_overheard => Some(Debt { peer: by.clone(), what: Owed::Reclaimed, epoch }),
             _ => None,
         };
-        match self.held.state {
+        match &self.held.state {
             // It never owned anything, so there is nothing that a person could want of it.
-            State::Asking { .. } | State::GivingBack { was_owner: false, .. } => {
+            State::Asking { from } | State::GivingBack { from, was_owner: false, .. } => {
                 self.held.epoch = epoch;
+                self.held.lent.insert(from.clone());
                 outputs.extend(self.end(Some(by), owes, true));
                 outputs.extend(self.tell_operators(&Reply::No(why)));
                 return outputs;

@@ -44,6 +44,21 @@ impl Held {
             )
     }
 
+    /// Whether it came, or is coming, from a peer: what that peer says of this site's instance concerns it.
+    pub fn is_from(&self, peer: &Name) -> bool {
+        self.came.as_ref().is_some_and(|came| came.from == *peer)
+            || matches!(&self.state, State::Asking { from } if from == peer)
+    }
+
+    /// Who could take the volume back: it is still what this site took over, or asks for.
+    pub fn way_back(&self) -> Option<&Name> {
+        match (&self.state, &self.came) {
+            (State::Arriving { from } | State::Asking { from } | State::GivingBack { from, .. }, _) => Some(from),
+            (State::Owned, Some(came)) if came.epoch == self.epoch => Some(&came.from),
+            _ => None,
+        }
+    }
+
     /// The others, for what is remembered when nothing is here any more.
     pub(super) fn others(&self) -> BTreeSet<Name> {
         self.lent.iter().chain(self.came.as_ref().map(|came| &came.from)).cloned().collect()
@@ -105,6 +120,27 @@ impl State {
     /// Whether guests may write it here.
     pub fn is_owner(&self) -> bool {
         matches!(self, State::Owned | State::Arriving { .. })
+    }
+
+    /// Why a peer may not fetch it from here.
+    pub fn withholds_from(&self, peer: &Name) -> Option<No> {
+        match self {
+            State::Owned => None,
+            State::Released { to, .. } if to == peer => None,
+            State::Released { to: owner, .. } | State::Fenced { by: owner, .. } => Some(No::OwnedBy(owner.clone())),
+            State::Asking { from } | State::Arriving { from } => Some(No::Arriving(from.clone())),
+            State::GivingBack { from, .. } => Some(No::GivingBack(from.clone())),
+        }
+    }
+
+    /// Why guests are not served here, not even to read. A hypervisor opens its disk before the hand-over that lets it write.
+    pub fn not_served(&self) -> Option<String> {
+        match self {
+            State::Asking { from } => Some(format!("{from} has not handed it over yet")),
+            State::GivingBack { from, .. } => Some(format!("it is being given back to {from}")),
+            State::Fenced { by, .. } => Some(format!("it was reclaimed at {by}, and is not served here any more")),
+            State::Owned | State::Arriving { .. } | State::Released { .. } => None,
+        }
     }
 
     /// Whether every block is in the image here.

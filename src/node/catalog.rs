@@ -33,15 +33,7 @@ impl Catalog for Inventory {
             tracing::warn!(%volume, %peer, "a peer asked for a volume that it was not granted; see `volumes` of its [[peers]] entry");
             return Err(unknown());
         }
-        let no = match &record.held.state {
-            State::Owned => None,
-            State::Released { .. } if is_theirs => None,
-            State::Released { to, .. } => Some(No::OwnedBy(to.clone())),
-            State::Asking { from } | State::Arriving { from } => Some(No::Arriving(from.clone())),
-            State::GivingBack { from, .. } => Some(No::GivingBack(from.clone())),
-            State::Fenced { by, .. } => Some(No::OwnedBy(by.clone())),
-        };
-        if let Some(no) = no {
+        if let Some(no) = record.held.state.withholds_from(peer) {
             return Err((no.refusal(), epoch, format!("volume {volume}: {no}")));
         }
         if let Err(why) = entry.volume() {
@@ -51,6 +43,10 @@ impl Catalog for Inventory {
         }
         let opening =
             opening.ok_or_else(|| (Refusal::Busy, epoch, format!("volume {volume} is being prepared; try again")))?;
+        if opening.generation != record.generation.0 {
+            // It has just changed hands, and what peers fetch from is about to.
+            return Err((Refusal::Busy, epoch, format!("volume {volume} is being prepared; try again")));
+        }
         Ok(Offered { opening, epoch, is_read_only: self.is_read_only(&entry).is_some() })
     }
 
@@ -74,6 +70,11 @@ impl Catalog for Inventory {
 impl Inventory {
     /// A question about a volume that is not here. What comes of it is durable before the answer.
     pub(super) fn ask_without_volume(&self, peer: &Name, volume: &Name, question: &Question) -> Answer {
+        // What is about to be here under the name was made of what is remembered, and must not miss what is noted beside it.
+        let reserved = self.reserved.lock();
+        if reserved.contains(volume) || self.entry(volume).is_some() {
+            return Answer::Refused(None, No::Preparing);
+        }
         let noted = self.records.left(volume).and_then(|left| {
             let (answer, noted) = without_volume(peer, question, left.as_ref());
             if let Some((left, owes)) = noted {

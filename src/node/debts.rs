@@ -101,11 +101,11 @@ impl Inventory {
                 custody.settled().await;
                 let view = custody.view();
                 // If it has ended meanwhile, what is remembered of it is to hear of it.
-                !view.has_ended && !view.is_unsure && view.held.epoch >= epoch
+                !view.has_ended && !view.is_unsure && !epoch.overrules(view.held.epoch)
             }
             None => {
                 let answer = self.ask_without_volume(&debt.peer, name, &Question::Reclaimed { epoch });
-                !matches!(answer, Answer::Refused(_, No::Journal(_)))
+                !matches!(answer, Answer::Refused(_, No::Journal(_) | No::Preparing))
             }
         }
     }

@@ -51,6 +51,8 @@ pub struct Entry {
     pub(super) stop: watch::Sender<bool>,
     /// Ends the copy that runs now.
     copying: Mutex<Option<watch::Sender<bool>>>,
+    /// Held by whoever makes what peers fetch from.
+    pub(super) offering: Mutex<()>,
     /// What is wrong, for people.
     pub(super) trouble: Mutex<Option<String>>,
     pub(super) rate: RateMeter,
@@ -85,6 +87,7 @@ impl Entry {
             withdrawals: watch::channel(0).0,
             stop: watch::channel(false).0,
             copying: Mutex::default(),
+            offering: Mutex::default(),
             trouble: Mutex::new(None),
             rate: RateMeter::default(),
             is_marked: Arc::default(),
@@ -166,6 +169,10 @@ impl Entry {
         }
         if let Some(Held { state: State::Fenced { .. }, .. }) = row.held {
             self.withdrawals.send_modify(|count| *count += 1);
+            // Nothing is fetched for it any more.
+            if let Some(key) = self.key() {
+                node.fetch.close(key);
+            }
         }
         let source = self.source.lock().clone();
         if let (Some(source), Some(State::Owned)) = (source, row.held.as_ref().map(|held| &held.state)) {

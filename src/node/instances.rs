@@ -132,9 +132,7 @@ impl Inventory {
     fn doubt(&self, peer: &Name, is_doubted: bool) {
         let entries: Vec<_> = self.volumes.lock().values().cloned().collect();
         for entry in entries {
-            let held = entry.record().held;
-            let is_from = held.came.as_ref().is_some_and(|came| came.from == *peer);
-            if is_from {
+            if entry.record().held.is_from(peer) {
                 entry.custody().doubt(is_doubted);
             }
         }

@@ -33,7 +33,6 @@ use crate::control::{ApiError, ControlServer, Site};
 use crate::core::ids::Name;
 use crate::core::scheduler::Limits;
 use crate::fetch::{Fetch, PeerKey, VolumeKey, Waiting};
-use crate::handover::State as Ownership;
 use crate::image::{Image, ImageError};
 use crate::nbd::{NbdLimits, NbdListener, NbdServer};
 use crate::source::{Hasher, SourceOptions, serve_link};
@@ -330,13 +329,7 @@ impl Served for Node {
         };
         // Before the look at who owns it: what changes behind that look is heard of.
         let withdrawals = entry.withdrawals.subscribe();
-        let why = match entry.record().held.state {
-            Ownership::Asking { from } => Some(format!("{from} has not handed it over yet")),
-            Ownership::GivingBack { from, .. } => Some(format!("it is being given back to {from}")),
-            Ownership::Fenced { by, .. } => Some(format!("it was reclaimed at {by}, and is not served here any more")),
-            Ownership::Owned | Ownership::Arriving { .. } | Ownership::Released { .. } => None,
-        };
-        if let Some(why) = why {
+        if let Some(why) = entry.record().held.state.not_served() {
             self.note_knock(&name);
             return Some(Err(why));
         }

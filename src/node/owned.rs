@@ -280,7 +280,7 @@ impl Inventory {
     /// A volume all of which is in its image, ready to be a source.
     fn make_complete(self: &Arc<Self>, record: VolumeRecord, image: Image) -> anyhow::Result<Arc<Entry>> {
         // Whether a guest has written since it came decides whether it can be given back.
-        let has_way_back = record.held.came.as_ref().is_some_and(|came| came.epoch == record.held.epoch);
+        let has_way_back = record.held.way_back().is_some();
         let parts = self.parts(&record, image);
         let volume = Arc::new(if has_way_back { Volume::arrived(parts)? } else { Volume::complete(parts) });
         let entry = Entry::new(self, record, Disk::Open(volume, None));
@@ -313,6 +313,8 @@ impl Inventory {
     /// All of a volume is here now: peers may fetch it, while guests write it. Blocks until the writes that nobody noted have ended: what
     /// was looked at before that would be believed for ever.
     pub(super) fn offer(&self, entry: &Entry) -> Result<(), String> {
+        // Two at a time would make two manifests, and guests' writes be noted in one of them.
+        let _offering = entry.offering.lock();
         let volume = entry.volume()?;
         volume.finish();
         // Not one expression: the lock would be held while the source is set.

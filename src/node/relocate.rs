@@ -174,14 +174,15 @@ impl Inventory {
 
     /// A volume whose blocks are partly elsewhere, as the journal has it.
     pub(super) fn open_arriving(self: &Arc<Self>, mut record: VolumeRecord) -> anyhow::Result<Arc<Entry>> {
-        let (State::Arriving { from } | State::GivingBack { from, .. } | State::Fenced { by: from, .. }) =
-            &record.held.state
-        else {
-            anyhow::bail!("not a relocation under way");
+        let from = match &record.held.state {
+            State::Arriving { from } | State::GivingBack { from, .. } => Some(from.clone()),
+            // Nothing is fetched for it any more: no peer is needed to give up what never came.
+            State::Fenced { .. } => None,
+            _ => anyhow::bail!("not a relocation under way"),
         };
-        let from = from.clone();
         let (image, _) = self.open_known(&mut record)?;
         let volume = Volume::relocating(self.parts(&record, image), false)?;
+        let Some(from) = from else { return Ok(Entry::new(self, record, Disk::Open(Arc::new(volume), None))) };
         let dialled = self.outside().and_then(|outside| outside.dial(&from));
         let peer = dialled.ok_or_else(|| {
             anyhow::anyhow!("its source {from} is not among the [[peers]] any more, or has no address; add it again")

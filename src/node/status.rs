@@ -61,8 +61,8 @@ struct Sides {
 
 fn sides(here: &Name, held: &Held) -> Sides {
     let (role, owner, peer) = match &held.state {
-        State::Owned => match &held.came {
-            Some(came) if came.epoch == held.epoch => (Role::Destination, here, Some(&came.from)),
+        State::Owned => match held.way_back() {
+            Some(from) => (Role::Destination, here, Some(from)),
             _ => (Role::Source, here, None),
         },
         State::Released { to, .. } => (Role::Source, to, Some(to)),
@@ -213,12 +213,10 @@ impl Node {
             let why = trouble.or(handing).unwrap_or_default();
             let owes =
                 owed.iter().find(|(_, debt)| debt.what == crate::handover::Owed::Completed && debt.epoch == held.epoch);
-            return match (&held.came, owes) {
-                (Some(came), owes) if came.epoch == held.epoch => match owes {
-                    Some((_, debt)) => (Phase::Complete, format!("{} is yet to hear of it", debt.peer)),
-                    None => (Phase::ReleasedFromSource, why),
-                },
-                _ => (Phase::Owned, why),
+            return match (held.way_back(), owes) {
+                (Some(_), Some((_, debt))) => (Phase::Complete, format!("{} is yet to hear of it", debt.peer)),
+                (Some(_), None) => (Phase::ReleasedFromSource, why),
+                (None, _) => (Phase::Owned, why),
             };
         };
         if let Some(trouble) = trouble {

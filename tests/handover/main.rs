@@ -30,11 +30,13 @@ fn worlds() -> Vec<(&'static str, World)> {
     // Persons decide at both sites, into one term and one after the other.
     let persons = Budget { people: People::Nothing, salts: [2, 1, 0], ..bound(0, 3, 0, 0, 0, 1) };
     let giving_back = Budget { people: People::Cancel, salts: [2, 1, 0], ..bound(0, 3, 0, 0, 0, 1) };
+    let back = Budget { routes: &[(1, 2)], people: People::Nothing, ..bound(0, 2, 0, 0, 0, 1) };
     // With two verbs these are a third of a million states: minutes in a build that is not optimized.
     let fork = Budget { routes: &[(1, 0), (2, 0)], people: People::Nothing, ..bound(0, 1, 0, 0, 0, 1) };
     vec![
         ("two sites where work fails", two(bound(0, 1, 1, 0, 1, 2))),
         ("two sites whose journal fails", two(bound(1, 1, 1, 1, 0, 1))),
+        ("passed on and asked back", World::passed_on(back)),
         ("a fork", World::new(3, fork)),
         ("two sites that crash", two(bound(1, 2, 1, 0, 0, 1))),
         ("given back and reclaimed", two(giving_back)),
@@ -83,6 +85,11 @@ fn a_hop() {
 #[test]
 fn two_persons() {
     check("two persons");
+}
+
+#[test]
+fn passed_on_and_asked_back() {
+    check("passed on and asked back");
 }
 
 #[test]

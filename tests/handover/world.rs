@@ -6,8 +6,8 @@ use std::hash::{Hash, Hasher};
 
 use blockferry::core::ids::Name;
 use blockferry::handover::{
-    Answer, Debt, Epoch, Facts, Held, Input, Job, Left, Machine, No, Outcome as OfDebt, Output, Owed, Question, Reply,
-    Row, State, Ticket, Verb, asking as begin_asking, outcome, without_volume,
+    Answer, Came, Debt, Epoch, Facts, Held, Input, Job, Left, Machine, No, Outcome as OfDebt, Output, Owed, Question,
+    Reply, Row, State, Ticket, Verb, asking as begin_asking, outcome, without_volume,
 };
 
 use crate::search::fingerprint;
@@ -179,6 +179,25 @@ impl World {
         };
         world.sites[0].row = Some(Held::new(Epoch::FIRST, State::Owned));
         world.restart(0);
+        world
+    }
+
+    /// Three sites. The volume went from the first to the second, which passed it on to the third and let go of it.
+    pub fn passed_on(budget: Budget) -> World {
+        let mut world = World::new(3, budget);
+        let known = [name(0)].into_iter().collect();
+        let second = Epoch::FIRST.next();
+        let third = second.next();
+        let mut released = Held::new(second, State::Released { to: name(1), is_completed: true });
+        released.lent.insert(name(1));
+        let mut owned = Held::new(third, State::Owned);
+        owned.came = Some(Came { from: name(1), epoch: third });
+        world.sites[0].row = Some(released);
+        world.sites[1].left = Some(Left { to: Some(name(2)), epoch: third, known });
+        world.sites[2].row = Some(owned);
+        for at in 0..3 {
+            world.crash(at);
+        }
         world
     }
 
@@ -514,7 +533,7 @@ impl World {
     fn settle(&mut self, at: At, peer: At, debt: &Debt, answer: Answer) {
         match outcome(debt, &answer) {
             OfDebt::Settled => drop(self.sites[at].debts.remove(debt)),
-            OfDebt::Overruled(epoch) if self.row_epoch(at).is_some_and(|holds| holds >= epoch) => {
+            OfDebt::Overruled(epoch) if self.row_epoch(at).is_some_and(|holds| !epoch.overrules(holds)) => {
                 self.sites[at].debts.remove(debt);
             }
             // It is owed until what was heard is durable.
