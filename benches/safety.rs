@@ -20,12 +20,13 @@ use blockferry::core::ids::{Incarnation, Name, Nonce};
 use blockferry::core::manifest::Geometry;
 use blockferry::core::residency::Presence;
 use blockferry::core::scheduler::Limits;
+use blockferry::core::wire::Refusal;
 use blockferry::fetch::{Expected, Fetch, PeerKey, Stranger};
 use blockferry::handover::{Answer, Question};
 use blockferry::image::{Image, Overwrite};
 use blockferry::source::{Catalog, Hasher, Manifest, Offered, Refused, SourceOptions, SourceVolume, serve_link};
 use blockferry::store::{MemoryState, MemoryStore, State, StateDb};
-use blockferry::transport::memory;
+use blockferry::transport::{Link, memory};
 use blockferry::volume::{Relocation, Volume, VolumeParts};
 use blockferry::workers::Workers;
 use bytes::Bytes;
@@ -277,14 +278,14 @@ impl OneVolume {
 
 impl Catalog for OneVolume {
     fn open(&self, _: &Name, _: &Name) -> Result<Offered, Refused> {
-        Ok(Offered { source: Arc::clone(&self.0), epoch: 1, is_read_only: false })
+        Ok(Offered { opening: self.0.open(), epoch: 1, is_read_only: false })
     }
 
     fn ask(&self, _: &Name, _: &Name, question: Question) -> BoxFuture<'static, Answer> {
         Box::pin(std::future::ready(Answer::Done(question.epoch())))
     }
 
-    fn greet(&self, _: &Name, _: Option<std::net::SocketAddr>, _: Nonce, _: Nonce) -> Result<(), String> {
+    fn greet(&self, _: &Arc<dyn Link>, _: Nonce, _: Nonce) -> Result<(), (Refusal, String)> {
         Ok(())
     }
 }
