@@ -32,6 +32,8 @@ pub enum Bug {
     OpeningOutlivesRelease,
     RowsByName,
     RefusedWriteCounts,
+    ImageByPath,
+    UnsyncedHolesBelieved,
     WithdrawalForgotten,
     RefusalBelieved,
     AnswerBeforeJournal,
@@ -40,6 +42,10 @@ pub enum Bug {
     ReclaimWithinTheTerm,
     DebtForgotten,
     StaleFenceBelieved,
+    UnknownAfterTheEnd,
+    DoubtForgotten,
+    TakenFromClients,
+    LeftForgotten,
 }
 
 impl Bug {
@@ -72,6 +78,8 @@ impl Bug {
         Bug::OpeningOutlivesRelease,
         Bug::RowsByName,
         Bug::RefusedWriteCounts,
+        Bug::ImageByPath,
+        Bug::UnsyncedHolesBelieved,
     ];
 
     /// Those of the ownership machine: the model (tests/handover) has to notice them.
@@ -84,6 +92,10 @@ impl Bug {
         Bug::ReclaimWithinTheTerm,
         Bug::DebtForgotten,
         Bug::StaleFenceBelieved,
+        Bug::UnknownAfterTheEnd,
+        Bug::DoubtForgotten,
+        Bug::TakenFromClients,
+        Bug::LeftForgotten,
     ];
 }
 

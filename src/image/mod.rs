@@ -9,6 +9,7 @@ mod mark;
 mod open;
 mod signature;
 mod unlink;
+mod unsynced;
 
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -31,6 +32,7 @@ pub use mark::{Mark, Noted, Verdict, WhyNot, judge};
 pub use open::Overwrite;
 use unlink::Place;
 pub use unlink::Unlinked;
+use unsynced::Unsynced;
 
 use crate::pipe::Pipe;
 use crate::seeded_bugs::{Bug, is_planted};
@@ -48,9 +50,9 @@ pub struct Image {
     made_at: Option<Place>,
     /// The last: the file is closed before it is free for others.
     _claim: Option<Claim>,
-    /// A sync failed: the kernel has dropped what it could not write, and tells so once.
-    /// Whether a sync failed. Held while one runs.
+    /// Whether a sync failed: the kernel has dropped what it could not write, and tells so once. Held while one runs.
     syncing: Mutex<bool>,
+    unsynced: Unsynced,
 }
 
 /// What tells whether a file is still the one that was hashed: any write through the kernel changes one of these.
@@ -94,6 +96,8 @@ impl Image {
             made_at: None,
             _claim: None,
             syncing: Mutex::new(false),
+            // What is only read is somebody else's to sync.
+            unsynced: Unsynced::new(size_bytes, is_writable),
         }
     }
 
@@ -208,28 +212,37 @@ impl Image {
         debug_assert!(offset + len_bytes as u64 <= self.size_bytes, "bounds are checked at the NBD edge");
         let file = self.file.file().ok()?;
         let mut done = 0;
-        while done < len_bytes {
+        let written = loop {
+            if done == len_bytes {
+                break Ok(());
+            }
             let piece = (len_bytes - done).min(PIECE_BYTES);
             match pipe.take_to_file(file, offset + done as u64, piece) {
-                Ok(0) => return Some(Err(self.io("writing", offset, std::io::ErrorKind::WriteZero.into()))),
+                Ok(0) => break Err(self.io("writing", offset, std::io::ErrorKind::WriteZero.into())),
                 Ok(taken) => done += taken,
                 // No such call on this file system.
                 Err(error) if done == 0 && error.kind() == std::io::ErrorKind::InvalidInput => return None,
-                Err(error) => return Some(Err(self.io("writing", offset + done as u64, error))),
+                Err(error) => break Err(self.io("writing", offset + done as u64, error)),
             }
-        }
-        Some(Ok(()))
+        };
+        self.unsynced.wrote(offset, len_bytes as u64);
+        Some(written)
     }
 
     /// Writes all of `bytes` at `offset`.
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), ImageError> {
         debug_assert!(offset + bytes.len() as u64 <= self.size_bytes, "bounds are checked at the NBD edge");
         let mut at = offset;
+        let mut done = Ok(());
         for piece in bytes.chunks(PIECE_BYTES) {
-            self.file.write_all_at(piece, at).map_err(|error| self.io("writing", at, error))?;
+            done = self.file.write_all_at(piece, at).map_err(|error| self.io("writing", at, error));
+            if done.is_err() {
+                break;
+            }
             at += piece.len() as u64;
         }
-        Ok(())
+        self.unsynced.wrote(offset, bytes.len() as u64);
+        done
     }
 
     /// As [`Image::write_zeroes`], but only where that takes no writing; false, and nothing done, where it would.
@@ -284,7 +297,7 @@ impl Image {
             let lost = std::io::Error::other("an earlier sync failed, and what it was to write may be lost");
             return Err(self.io("syncing", 0, lost));
         }
-        self.file.sync_data().map_err(|error| {
+        self.unsynced.sync(|| self.file.sync_data()).map_err(|error| {
             *has_failed = !is_planted(Bug::FailedSyncForgotten);
             self.io("syncing", 0, error)
         })
@@ -303,7 +316,7 @@ impl Image {
     }
 
     /// The first range of data that ends behind `from` (cut to begin there), or None when only holes follow. Where the
-    /// file system cannot tell, everything is data.
+    /// file system cannot tell, everything is data; so is what was written and not synced, which may pass for a hole.
     pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>, ImageError> {
         if from >= self.size_bytes {
             return Ok(None);
@@ -311,6 +324,22 @@ impl Image {
         if self.is_block_device {
             return Ok(Some(from..self.size_bytes));
         }
+        // What a killed daemon wrote is in the kernel's cache. If it cannot be synced, no hole is believed.
+        if self.unsynced.is_unknown() && self.sync_data().is_err() {
+            return Ok(Some(from..self.size_bytes));
+        }
+        let told = self.next_data_told(from)?;
+        let unsynced = self.unsynced.next(from).filter(|_| !is_planted(Bug::UnsyncedHolesBelieved));
+        Ok(match (told, unsynced) {
+            (Some(told), Some(unsynced)) if unsynced.start < told.start => Some(unsynced),
+            (Some(told), _) => Some(told),
+            (None, unsynced) => unsynced,
+        }
+        .map(|data| data.start..data.end.min(self.size_bytes)))
+    }
+
+    /// What the file system tells of that.
+    fn next_data_told(&self, from: u64) -> Result<Option<Range<u64>>, ImageError> {
         let file = match self.file.file() {
             Ok(file) => file,
             Err(other) => {

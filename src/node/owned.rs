@@ -14,6 +14,7 @@ use crate::core::ids::{Incarnation, Name};
 use crate::core::manifest::Geometry;
 use crate::handover::{Generation, Held, Left, Machine, State, Verb, adding, may_be_at};
 use crate::image::{Identity, Image, ImageError, Mark, Noted, Sameness, Unlinked, Verdict, WhyNot};
+use crate::seeded_bugs::{Bug, is_planted};
 use crate::source::{Manifest, SourceError, SourceVolume};
 use crate::volume::{Volume, WriteObserver};
 
@@ -186,7 +187,7 @@ impl Inventory {
         let outside = self.outside().ok_or_else(|| anyhow::anyhow!("the site is shutting down"))?;
         let image = outside.open_image(record)?;
         let mut content = Content::AsNoted;
-        if let Some(identity) = &record.noted {
+        if let Some(identity) = record.noted.as_ref().filter(|_| !is_planted(Bug::ImageByPath)) {
             let noted = Noted { identity: identity.clone(), mark: self.records.mark(record.incarnation)? };
             match image.recognise(&noted) {
                 Ok(Verdict::Same) => {}

@@ -151,6 +151,16 @@ impl Inner {
         }
     }
 
+    /// Whether the platter has any of a page's data.
+    fn is_written_back(&self, page: usize) -> bool {
+        (page * PAGE / SECTOR..((page + 1) * PAGE).min(self.cached.len()).div_ceil(SECTOR)).any(|sector| {
+            match self.unsynced.get(&sector).and_then(|versions| versions.first()) {
+                Some((_, platter)) => **platter != [0; SECTOR],
+                None => self.cached[bytes_of(sector, self.cached.len())].iter().any(|byte| *byte != 0),
+            }
+        })
+    }
+
     fn write(&mut self, offset: usize, bytes: &[u8]) {
         let range = offset..offset + bytes.len();
         self.about_to_write(range.clone());
@@ -297,9 +307,12 @@ impl Backend for Handle {
         let inner = self.file.inner.lock();
         let size_bytes = inner.cached.len() as u64;
         let first = from as usize / PAGE;
-        let start = (first..inner.is_data.len()).find(|page| inner.is_data[*page]);
+        // Some file systems tell of data once it is written back.
+        let is_late = self.file.inode.is_multiple_of(3);
+        let is_told = |page: &usize| inner.is_data[*page] && (!is_late || inner.is_written_back(*page));
+        let start = (first..inner.is_data.len()).find(is_told);
         let Some(start) = start.filter(|_| from < size_bytes) else { return Ok(None) };
-        let end = (start..inner.is_data.len()).find(|page| !inner.is_data[*page]).unwrap_or(inner.is_data.len());
+        let end = (start..inner.is_data.len()).find(|page| !is_told(page)).unwrap_or(inner.is_data.len());
         Ok(Some(((start * PAGE) as u64).max(from)..((end * PAGE) as u64).min(size_bytes)))
     }
 
