@@ -418,3 +418,6 @@ impl Task {
 pub fn refusal_of(no: &No) -> (Refusal, String) {
     (no.refusal(), no.to_string())
 }
+
+#[cfg(test)]
+mod tests;

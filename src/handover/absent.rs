@@ -3,6 +3,7 @@
 use super::{Answer, Debt, Epoch, Held, Left, No, Owed, Question, State};
 use crate::core::ids::Name;
 use crate::core::wire::Refusal;
+use crate::seeded_bugs::{Bug, is_planted};
 
 /// What becomes of a debt after an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +77,7 @@ pub fn adding(left: Option<&Left>) -> Held {
 
 /// The site at which a volume of this name may be written: to serve another one here is for a person to say.
 pub fn may_be_at(left: Option<&Left>) -> Option<&Name> {
-    left?.to.as_ref()
+    if is_planted(Bug::LeftForgotten) { None } else { left?.to.as_ref() }
 }
 
 /// What is journalled before `from`, where the volume is at `at`, is asked for it, and what is owed from then on. `before` was let go of

@@ -88,6 +88,8 @@ enum Phase {
 struct Asker {
     peer: Name,
     epoch: Epoch,
+    /// Whether it was told to take it from clients that use it here.
+    take: bool,
     tickets: Vec<Ticket>,
 }
 
@@ -180,7 +182,7 @@ impl Machine {
             Input::Told(ticket, Verb::Remove) => self.remove(ticket, facts),
             Input::Told(ticket, Verb::Cancel { discard }) => self.cancel(ticket, discard, facts),
             Input::Told(ticket, Verb::Reclaim { epoch, salt }) => self.reclaim(ticket, epoch, salt),
-            Input::Prepared(job, done) => self.prepared(job, done),
+            Input::Prepared(job, done) => self.prepared(job, done, facts),
             Input::Fenced(job, done) => self.fenced(job, done, facts),
             Input::Filled(job, done) => self.filled(job, done),
             Input::Answered(job, answer) => self.answered(job, answer),
@@ -238,7 +240,8 @@ impl Machine {
     fn answer_after_the_end(&self, input: Input) -> Vec<Output> {
         match input {
             Input::Asked { ticket, .. } => {
-                vec![Output::Reply(ticket, Reply::Peer(Answer::Refused(None, No::Removing)))]
+                let no = if is_planted(Bug::UnknownAfterTheEnd) { No::Unknown } else { No::Removing };
+                vec![Output::Reply(ticket, Reply::Peer(Answer::Refused(None, no)))]
             }
             Input::Told(ticket, _) | Input::Begin(ticket, _) => vec![Output::Reply(ticket, Reply::No(No::Unknown))],
             _ => Vec::new(),
@@ -286,6 +289,7 @@ impl Machine {
     fn doubt(&mut self, is_doubted: bool) -> Vec<Output> {
         let before = std::mem::replace(&mut self.is_doubted, is_doubted);
         match (before, is_doubted) {
+            (false, true) if is_planted(Bug::DoubtForgotten) => Vec::new(),
             (false, true) => vec![Output::Bar],
             (true, false) => self.readmit(),
             _ => Vec::new(),

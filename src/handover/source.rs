@@ -6,6 +6,17 @@ use super::{
 use crate::core::ids::Name;
 use crate::seeded_bugs::{Bug, is_planted};
 
+impl Asker {
+    /// Looked at again after all that takes time: a guest may have begun to use it meanwhile.
+    fn may_take(&self, facts: &Facts) -> Result<(), No> {
+        match facts.clients {
+            0 => Ok(()),
+            _ if self.take || is_planted(Bug::TakenFromClients) => Ok(()),
+            clients => Err(No::InUse(clients)),
+        }
+    }
+}
+
 impl Machine {
     pub(super) fn asked(
         &mut self,
@@ -40,6 +51,7 @@ impl Machine {
             // Asked once more, on another connection perhaps.
             Phase::Preparing(_, asker) | Phase::Fencing(_, asker) if asker.peer == peer && asker.epoch == epoch => {
                 asker.tickets.push(ticket);
+                asker.take |= take;
                 return Vec::new();
             }
             Phase::Preparing(_, asker) | Phase::Fencing(_, asker) => {
@@ -86,17 +98,18 @@ impl Machine {
         if self.is_doubted {
             return self.refuse(ticket, No::Clone);
         }
-        if facts.clients > 0 && !take {
-            return self.refuse(ticket, No::InUse(facts.clients));
+        let asker = Asker { peer, epoch, take, tickets: vec![ticket] };
+        if let Err(no) = asker.may_take(facts) {
+            return self.refuse(ticket, no);
         }
         let job = self.new_job();
-        self.phase = Phase::Preparing(job, Asker { peer, epoch, tickets: vec![ticket] });
+        self.phase = Phase::Preparing(job, asker);
         vec![Output::Prepare(job)]
     }
 
-    pub(super) fn prepared(&mut self, job: Job, done: Result<(), No>) -> Vec<Output> {
+    pub(super) fn prepared(&mut self, job: Job, done: Result<(), No>, facts: &Facts) -> Vec<Output> {
         match std::mem::take(&mut self.phase) {
-            Phase::Preparing(at, asker) if at == job => match done {
+            Phase::Preparing(at, asker) if at == job => match done.and_then(|()| asker.may_take(facts)) {
                 Ok(()) => {
                     let job = self.new_job();
                     self.phase = Phase::Fencing(job, asker);
@@ -112,8 +125,8 @@ impl Machine {
     }
 
     /// The fence for a peer: everything is durable, and the image is what was announced.
-    pub(super) fn fenced_for_peer(&mut self, asker: Asker, done: Result<(), No>) -> Vec<Output> {
-        match done {
+    fn fenced_for_peer(&mut self, asker: Asker, done: Result<(), No>, facts: &Facts) -> Vec<Output> {
+        match done.and_then(|()| asker.may_take(facts)) {
             Ok(()) => {
                 self.held.lent.insert(asker.peer.clone());
                 let state = State::Released { to: asker.peer, is_completed: false };
@@ -318,8 +331,9 @@ impl Machine {
         }
     }
 
-    pub(super) fn fenced_to_remove(&mut self, done: Result<(), No>) -> Vec<Output> {
-        match done {
+    fn fenced_to_remove(&mut self, done: Result<(), No>, facts: &Facts) -> Vec<Output> {
+        let is_free = if facts.clients > 0 { Err(No::InUse(facts.clients)) } else { Ok(()) };
+        match done.and(is_free) {
             Ok(()) => {
                 let epoch = self.held.epoch;
                 let mut outputs = self.end(None, None, false);
@@ -338,9 +352,9 @@ impl Machine {
     pub(super) fn fenced(&mut self, job: Job, done: Result<(), No>, facts: &Facts) -> Vec<Output> {
         match std::mem::take(&mut self.phase) {
             Phase::Fencing(at, asker) if at == job || is_planted(Bug::StaleFenceBelieved) => {
-                self.fenced_for_peer(asker, done)
+                self.fenced_for_peer(asker, done, facts)
             }
-            Phase::Removing(at) if at == job => self.fenced_to_remove(done),
+            Phase::Removing(at) if at == job => self.fenced_to_remove(done, facts),
             Phase::GivingUp { job: at, discard } if at == job => self.fenced_to_give_back(discard, facts),
             phase => {
                 self.phase = phase;

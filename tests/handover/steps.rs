@@ -262,6 +262,9 @@ fn carry_out(world: &mut World, step: &Step) {
             world.budget.oddities -= u8::from(*is_doubted);
             world.sites[*at].process.is_doubted = *is_doubted;
             world.input(*at, Input::Doubted(*is_doubted));
+            if *is_doubted && world.sites[*at].process.is_open {
+                world.fail(format!("P1: {} admits writes though it may be a copy", name(*at)));
+            }
         }
         Step::Clients(at, clients) => {
             world.budget.oddities -= u8::from(*clients > 0);
@@ -315,6 +318,9 @@ fn relocate(world: &mut World, at: At, take: bool) {
     let Some((from, epoch)) = world.sites[at].process.opened.take() else { return };
     if !world.begin(at, from, epoch) {
         return;
+    }
+    if take {
+        world.ghost.taken.insert(world.epoch_seen(at));
     }
     let ticket = world.ticket(at, Waiting::Begin);
     world.input(at, Input::Begin(ticket, take));

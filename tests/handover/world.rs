@@ -69,6 +69,8 @@ pub struct Ghost {
     pub next_write: u8,
     /// What was in the image when a site let go of it.
     pub released: BTreeSet<(At, Epoch, u8)>,
+    /// The epochs at which operators said that it may be taken from clients that use it.
+    pub taken: BTreeSet<Epoch>,
     /// Who took a volume back that was given back to it, and at which epoch it was its own again.
     pub taken_back: BTreeSet<(At, Epoch)>,
     /// The owner was removed by its operator.
@@ -354,7 +356,14 @@ impl World {
             return;
         };
         match &held.state {
-            State::Released { .. } => drop(self.ghost.released.insert((at, held.epoch, base))),
+            State::Released { is_completed, .. } => {
+                self.ghost.released.insert((at, held.epoch, base));
+                let is_in_use = self.sites[at].process.clients > 0;
+                let lets_go = !is_completed && was.as_ref().is_none_or(|was| was.epoch != held.epoch);
+                if is_in_use && lets_go && !self.ghost.taken.contains(&held.epoch) {
+                    self.fail(format!("P6: {} is taken from its clients, and nobody said so", name(at)));
+                }
+            }
             State::Arriving { from } if !was.as_ref().is_some_and(|was| was.state == held.state) => {
                 let from = at_of(from);
                 let was_here = matches!(was.as_ref().map(|was| &was.state), Some(State::GivingBack { .. }));
