@@ -35,6 +35,8 @@ pub(super) const TARGET_QUEUE: Duration = Duration::from_millis(5);
 const MIN_TARGET_QUEUE: Duration = Duration::from_millis(1);
 /// How long a smallest round-trip time counts as the base.
 const BASE_MEMORY: Duration = Duration::from_secs(10);
+/// A base that grew by this factor is another path's.
+const LONGER_PATH: u32 = 3;
 /// The base is a minimum over this many buckets of [`BASE_MEMORY`].
 const BASE_BUCKETS: u32 = 10;
 /// The window dips when the base has not been seen for so long; half of [`BASE_MEMORY`], so that two dips fall into it.
@@ -82,6 +84,8 @@ pub(super) struct DelayControl {
     window: u64,
     phase: Phase,
     base: BaseRtt,
+    /// The base at the end of the last round.
+    known_base: Option<Duration>,
     round: Round,
     look: Look,
     /// Windows of the past, to know which one a packet was sent under.
@@ -193,6 +197,7 @@ impl DelayControl {
             window: Self::initial_window(mtu_bytes),
             phase: Phase::SlowStart,
             base: BaseRtt::default(),
+            known_base: None,
             round: Round::new(now),
             look: Look { start: now, ..Look::default() },
             past: VecDeque::from([(now, Self::initial_window(mtu_bytes))]),
@@ -349,12 +354,25 @@ impl DelayControl {
         self.latest_acked = round.acked;
         let queue = rtt.saturating_sub(base);
         self.target = (self.target + self.target / 100).min(TARGET_QUEUE);
+        self.notice_longer_path(base);
         match self.phase {
             Phase::SlowStart => {}
             Phase::Steady => self.steer(now, &round, queue, base, sent),
             Phase::Competing { since, cubic } => self.compete(now, &round, queue, since, cubic),
         }
         self.drain_if_due(now, base, rtt);
+    }
+
+    /// The old base has left the memory, and the new one is another path's: what was taken for a queue was the way. The window had shrunk to
+    /// nothing for it, and steps that a round of that length allows would take minutes.
+    fn notice_longer_path(&mut self, base: Duration) {
+        let is_longer = self.known_base.replace(base).is_some_and(|before| base > before * LONGER_PATH);
+        if is_longer && self.phase == Phase::Steady {
+            self.window = self.window.max(Self::initial_window(self.mtu));
+            self.slow_start_limit = MAX_WINDOW_BYTES;
+            self.phase = Phase::SlowStart;
+            self.foreign = None;
+        }
     }
 
     /// One correction towards the target queue.
