@@ -20,7 +20,6 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::core::ids::Name;
-use crate::core::wire::Refusal;
 use crate::handover::{
     Answer, Epoch, Facts, Held, Input, Job, Machine, No, Output, Question, Reply, Row, Ticket, Verb,
 };
@@ -412,11 +411,6 @@ impl Task {
             (Some(_), reply) => tracing::error!(?reply, "an answer went to somebody who asked something else"),
         }
     }
-}
-
-/// What a peer is told of an answer: a number, the epoch that holds, and words.
-pub fn refusal_of(no: &No) -> (Refusal, String) {
-    (no.refusal(), no.to_string())
 }
 
 #[cfg(test)]

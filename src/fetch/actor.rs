@@ -26,9 +26,9 @@ use crate::transport::Link;
 
 /// How often windows are set anew and rates are judged.
 const TICK: Duration = Duration::from_millis(250);
-/// A peer that refuses to open a volume (it was restarted without it, say) is asked again this often.
 /// The least time between two openings of a volume because what was opened is gone.
 const REOPEN_GONE: Duration = Duration::from_secs(1);
+/// A peer that refuses to open a volume (it was restarted without it, say) is asked again this often.
 const REOPEN: Duration = Duration::from_secs(5);
 /// Numbers of pages and roots on the wire, apart from those of blocks.
 const ASK_FLIGHTS: u64 = 1 << 63;

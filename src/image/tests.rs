@@ -275,11 +275,16 @@ fn another_disk_behind_a_devices_name_is_told() {
     assert_eq!(image.recognise(&noted).expect("is the same"), Verdict::Same);
 }
 
-/// A disk whose first sync fails; the kernel would not tell again.
-#[derive(Debug)]
-struct FailsOnce(std::sync::atomic::AtomicBool);
+/// A disk of which nothing matters but how it syncs.
+struct Syncs<F>(F);
 
-impl Backend for FailsOnce {
+impl<F> std::fmt::Debug for Syncs<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a disk that syncs as it is told")
+    }
+}
+
+impl<F: Fn() -> std::io::Result<()> + Send + Sync + 'static> Backend for Syncs<F> {
     fn read_at(&self, _: &mut [u8], _: u64) -> std::io::Result<usize> {
         Ok(0)
     }
@@ -293,10 +298,7 @@ impl Backend for FailsOnce {
         Ok(())
     }
     fn sync_data(&self) -> std::io::Result<()> {
-        match self.0.swap(true, std::sync::atomic::Ordering::Relaxed) {
-            true => Ok(()),
-            false => Err(std::io::Error::from_raw_os_error(nix::libc::EIO)),
-        }
+        (self.0)()
     }
     fn next_data(&self, _: u64) -> std::io::Result<Option<std::ops::Range<u64>>> {
         Ok(None)
@@ -306,66 +308,43 @@ impl Backend for FailsOnce {
     }
     fn allocated_bytes(&self) -> std::io::Result<u64> {
         Ok(0)
+    }
+}
+
+/// The kernel tells of what it lost once.
+fn fails_once() -> impl Fn() -> std::io::Result<()> {
+    let told = std::sync::atomic::AtomicBool::new(false);
+    move || match told.swap(true, std::sync::atomic::Ordering::SeqCst) {
+        true => Ok(()),
+        false => Err(std::io::Error::from_raw_os_error(nix::libc::EIO)),
     }
 }
 
 #[test]
 fn a_sync_that_failed_for_one_fails_for_all() {
-    let image = Image::over(Box::new(FailsOnce(false.into())), Path::new("disk"), 1 << 20, true);
+    let image = Image::over(Box::new(Syncs(fails_once())), Path::new("disk"), 1 << 20, true);
     image.sync_data().expect_err("the disk fails");
     let error = image.sync_data().expect_err("what was lost stays lost").to_string();
     assert!(error.contains("earlier sync failed"), "{error}");
 }
 
-/// A disk that loses what two wait for, and tells one of them, as the kernel does.
-#[derive(Debug, Default)]
-struct TellsOne {
-    within: std::sync::atomic::AtomicU32,
-    told: std::sync::atomic::AtomicBool,
-}
-
-impl Backend for TellsOne {
-    fn read_at(&self, _: &mut [u8], _: u64) -> std::io::Result<usize> {
-        Ok(0)
-    }
-    fn read_cached_at(&self, _: &mut [u8], _: u64) -> Option<std::io::Result<()>> {
-        None
-    }
-    fn write_at(&self, _: &[u8], _: u64) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> std::io::Result<()> {
-        Ok(())
-    }
-    fn sync_data(&self) -> std::io::Result<()> {
-        use std::sync::atomic::Ordering::SeqCst;
-        self.within.fetch_add(1, SeqCst);
+#[test]
+fn of_two_syncs_at_once_that_fail_both_fail() {
+    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+    let (within, fails) = (AtomicU32::new(0), fails_once());
+    // A disk that loses what two wait for, and tells one of them, as the kernel does.
+    let syncs = move || {
+        within.fetch_add(1, SeqCst);
         // For the other one, who may come; not for ever.
         for _ in 0..200 {
-            if self.within.load(SeqCst) == 2 {
+            if within.load(SeqCst) == 2 {
                 break;
             }
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
-        match self.told.swap(true, SeqCst) {
-            true => Ok(()),
-            false => Err(std::io::Error::from_raw_os_error(nix::libc::EIO)),
-        }
-    }
-    fn next_data(&self, _: u64) -> std::io::Result<Option<std::ops::Range<u64>>> {
-        Ok(None)
-    }
-    fn stamp(&self) -> std::io::Result<Stamp> {
-        Err(std::io::ErrorKind::Unsupported.into())
-    }
-    fn allocated_bytes(&self) -> std::io::Result<u64> {
-        Ok(0)
-    }
-}
-
-#[test]
-fn of_two_syncs_at_once_that_fail_both_fail() {
-    let image = Image::over(Box::new(TellsOne::default()), Path::new("disk"), 1 << 20, true);
+        fails()
+    };
+    let image = Image::over(Box::new(Syncs(syncs)), Path::new("disk"), 1 << 20, true);
     std::thread::scope(|scope| {
         let (one, other) = (scope.spawn(|| image.sync_data()), scope.spawn(|| image.sync_data()));
         for synced in [one, other] {

@@ -85,15 +85,7 @@ impl BulkControl {
     }
 
     async fn until_running(&self) {
-        loop {
-            let changed = self.changed.notified();
-            tokio::pin!(changed);
-            changed.as_mut().enable();
-            if !self.is_paused() {
-                return;
-            }
-            changed.await;
-        }
+        super::gate::until(&self.changed, || !self.is_paused()).await;
     }
 }
 

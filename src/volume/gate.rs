@@ -15,6 +15,20 @@ const SHUT: u64 = 1 << 63;
 /// Shut for good: the volume is gone.
 const SEALED: u64 = 1 << 62;
 
+/// Returns when something is so; whoever makes it so notifies all who wait.
+pub(super) async fn until(changed: &Notify, is_so: impl Fn() -> bool) {
+    loop {
+        let change = changed.notified();
+        tokio::pin!(change);
+        // Before the look: a change behind it is heard of.
+        change.as_mut().enable();
+        if is_so() {
+            return;
+        }
+        change.await;
+    }
+}
+
 /// Counts the writes under way; once shut, admits no more.
 ///
 /// Open means: neither shut nor sealed. Nothing opens a sealed one.
@@ -60,15 +74,7 @@ impl WriteGate {
 
     /// Returns when it is not open: at once if it is not.
     pub(super) async fn barred(&self) {
-        loop {
-            let shut = self.shut.notified();
-            tokio::pin!(shut);
-            shut.as_mut().enable();
-            if !self.is_open() {
-                return;
-            }
-            shut.await;
-        }
+        until(&self.shut, || !self.is_open()).await;
     }
 
     /// Admits nothing ever again.
@@ -79,15 +85,8 @@ impl WriteGate {
 
     /// Returns when what was admitted has ended. Of use where nothing more is admitted.
     pub(super) async fn drained(&self) {
-        loop {
-            let drained = self.drained.notified();
-            tokio::pin!(drained);
-            drained.as_mut().enable();
-            if self.state.load(Ordering::Acquire) & COUNT == 0 || is_planted(Bug::FenceDoesNotWait) {
-                return;
-            }
-            drained.await;
-        }
+        let has_ended = || self.state.load(Ordering::Acquire) & COUNT == 0 || is_planted(Bug::FenceDoesNotWait);
+        until(&self.drained, has_ended).await;
     }
 
     /// Undoes [`WriteGate::shut`].
